@@ -1,0 +1,118 @@
+"""A small Qwen2.5-VL from its config, with a tokenizer trained in place: a backbone for machines without a GPU."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CHAT_TEMPLATE = """\
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}
+{%- endfor %}{{ '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, "user\n assistant\n system\n"] * 2, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_small_qwen(
+    output_dir: str | Path,
+    texts: list[str],
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    vision_hidden_size: int = 64,
+    vision_layers: int = 2,
+    patch_size: int = 32,
+) -> None:
+    """Saves a randomly initialised Qwen2.5-VL with tokenizer and image processor, loadable like any checkpoint.
+
+    One visual token covers `2 * patch_size` pixels in each direction; the default is one cell of a FrozenLake board.
+    Seed torch before the call.
+    """
+    tokenizer = train_tokenizer(texts)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    num_heads = hidden_size // 32
+    head_dim = hidden_size // num_heads
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 4 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_heads,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6],
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": max(1, vision_hidden_size // 32),
+            "patch_size": patch_size,
+            "temporal_patch_size": 1,
+            "spatial_merge_size": 2,
+            "window_size": 8 * 2 * patch_size,
+            "out_hidden_size": hidden_size,
+            "fullatt_block_indexes": list(range(vision_layers)),
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.update(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], bos_token_id=None
+    )
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=patch_size,
+        temporal_patch_size=1,
+        merge_size=2,
+        size={"shortest_edge": (2 * patch_size) ** 2, "longest_edge": (16 * patch_size) ** 2},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    for part in (model, tokenizer, image_processor):
+        part.save_pretrained(output_dir)

@@ -1,0 +1,22 @@
+"""ILVR: interleaved latent visual reasoning as an extension of the Hugging Face ecosystem.
+
+Importing the package registers `ILVRConfig`, `ILVRForConditionalGeneration` and `ILVRProcessor` with the Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_ilvr import ILVRConfig
+from .modeling_ilvr import ILVRForConditionalGeneration, ILVRModel, ILVROutput
+from .processing_ilvr import ILVRProcessor
+
+
+__version__ = "0.1.0"
+__all__ = ["ILVRConfig", "ILVRForConditionalGeneration", "ILVRModel", "ILVROutput", "ILVRProcessor"]
+
+AutoConfig.register("ilvr", ILVRConfig)
+AutoModel.register(ILVRConfig, ILVRForConditionalGeneration)
+AutoModelForImageTextToText.register(ILVRConfig, ILVRForConditionalGeneration)
+AutoProcessor.register(ILVRConfig, ILVRProcessor)
+ILVRConfig.register_for_auto_class()
+ILVRForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+ILVRProcessor.register_for_auto_class()

@@ -1,0 +1,152 @@
+"""Latent spans inside `generate`: which ids are forced, and which vector the next step is fed.
+
+The decoding loop is that of transformers; only hooks that it calls are overridden. What travels from step to step is
+one vector a row, `latent_feedback` (B, D), kept on the cache, so that it is reordered and returned with it.
+
+B batch (times beams), T sequence, K latents a span, D hidden, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LogitsProcessor
+from transformers.generation import GenerationMixin
+
+
+class LatentSpanLogitsProcessor(LogitsProcessor):
+    """Once a row has produced `<|latent_start|>`, forces K times `<|latent_pad|>` and then `<|latent_end|>`.
+
+    Each row is in its own phase, read off its last K + 1 ids. A forced id has log-probability 0. Outside a span
+    `<|latent_pad|>`, `<|latent_end|>` and the ids in `suppressed` (image and video placeholders) cannot be sampled.
+    """
+
+    def __init__(self, start_id: int, pad_id: int, end_id: int, latent_size: int, suppressed: tuple[int, ...] = ()):
+        self.start_id, self.pad_id, self.end_id, self.latent_size = start_id, pad_id, end_id, latent_size
+        self.never_free = [pad_id, end_id, *suppressed]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        recent = input_ids[:, -self.latent_size :] == self.pad_id
+        num_pads = recent.flip(1).long().cumprod(1).sum(1)  # (B,): pads in a row at the end
+        in_span = (input_ids[:, -1] == self.start_id) | (num_pads > 0)
+        forced_id = torch.where(num_pads < self.latent_size, self.pad_id, self.end_id)  # (B,)
+
+        forced = torch.full_like(scores, -torch.inf).scatter(1, forced_id.unsqueeze(1), 0.0)
+        free = scores.clone()
+        free[:, self.never_free] = -torch.inf
+        return torch.where(in_span.unsqueeze(1), forced, free)
+
+
+@dataclass
+class LatentControl:
+    """What a call of `generate` asked to be done with the latents.
+
+    `history` maps the column of a latent to the vectors (B, D) that were put in there.
+    """
+
+    intervention: Callable | None = None
+    history: dict[int, torch.Tensor] | None = field(default=None)
+
+
+class LatentGenerationMixin:
+    """Overrides of `GenerationMixin` hooks; a class lists it before `GenerationMixin`."""
+
+    def generate(self, *args, output_latents: bool = False, latent_intervention: Callable | None = None, **kwargs):
+        """Generates words and latent spans. As [`~transformers.GenerationMixin.generate`], and:
+
+        Args:
+            output_latents (`bool`, *optional*, defaults to `False`):
+                Whether to return the latents; needs `return_dict_in_generate=True`.
+            latent_intervention (`Callable`, *optional*):
+                Replaces latents before they are used: called as `latent_intervention(latents, span, index)` with
+                `latents` (B, D), `span` (B,) the number of the span in its row and `index` (B,) that of the latent in
+                its span, both from 0; returns (B, D). Rows outside a span are ignored.
+
+        Returns:
+            As `generate`. With `output_latents`, the output has a field `latents`: a list with a tensor of shape
+            `(spans, K, D)` for each returned sequence, of the spans generated in full.
+
+        Raises:
+            ValueError: for assisted or prompt-lookup decoding, and where latents are asked for without a cache or
+                without `return_dict_in_generate=True`.
+        """
+        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None:
+            raise ValueError(
+                "Assisted decoding drafts words and cannot draft latents. Remove assistant_model and "
+                "prompt_lookup_num_tokens."
+            )
+        if output_latents or latent_intervention is not None:
+            if kwargs.get("use_cache") is False:
+                raise ValueError("output_latents and latent_intervention need use_cache=True.")
+            kwargs["latent_control"] = LatentControl(latent_intervention, {} if output_latents else None)
+        if output_latents and not kwargs.get("return_dict_in_generate"):
+            raise ValueError("output_latents=True needs return_dict_in_generate=True, to have a place for them.")
+        outputs = super().generate(*args, **kwargs)
+        if output_latents:
+            outputs.latents = self._collect_latents(outputs, kwargs["latent_control"].history)
+        return outputs
+
+    generate.__signature__ = inspect.signature(GenerationMixin.generate)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, latent_control=None, **kwargs):
+        feedback = getattr(past_key_values, "latent_feedback", None)
+        if latent_control is not None and feedback is not None:
+            pads = input_ids == self.config.latent_pad_token_id
+            in_span = pads[:, -1]
+            if latent_control.intervention is not None:
+                latent_number = pads.sum(1) - 1
+                size = self.config.latent_size
+                changed = latent_control.intervention(feedback, latent_number // size, latent_number % size)
+                feedback = torch.where(in_span.unsqueeze(1), changed.to(feedback), feedback)
+                past_key_values.latent_feedback = feedback
+            if latent_control.history is not None:
+                latent_control.history[input_ids.shape[1] - 1] = feedback
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+    def _collect_latents(self, outputs, history) -> list[torch.Tensor]:
+        """Sorts the recorded vectors by returned row and span: a list of (spans, K, D)."""
+        sequences, size = outputs.sequences, self.config.latent_size
+        beam_indices = getattr(outputs, "beam_indices", None)
+        prompt_length = sequences.shape[1] - (len(outputs.scores) if outputs.get("scores") else 0)
+        latents = []
+        for row, ids in enumerate(sequences):
+            columns = [c for c in (ids == self.config.latent_pad_token_id).nonzero().flatten().tolist() if c in history]
+            found = []
+            for column in columns[: len(columns) // size * size]:
+                source = row
+                if beam_indices is not None:
+                    # A latent at `column` is fed in the step that produces `column + 1`.
+                    source = int(beam_indices[row, column + 1 - prompt_length])
+                found.append(history[column][source])
+            hidden_size = self.config.get_text_config().hidden_size
+            latents.append(torch.stack(found).view(-1, size, hidden_size) if found else ids.new_zeros(0, size, hidden_size))
+        return latents
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        config = self.config
+        placeholders = tuple(i for i in (config.image_token_id, config.video_token_id) if i is not None)
+        processors.append(
+            LatentSpanLogitsProcessor(
+                config.latent_start_token_id,
+                config.latent_pad_token_id,
+                config.latent_end_token_id,
+                config.latent_size,
+                placeholders,
+            )
+        )
+        return processors
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        past_key_values.reorder_cache(beam_idx)
+        if getattr(past_key_values, "latent_feedback", None) is not None:
+            past_key_values.latent_feedback = past_key_values.latent_feedback.index_select(0, beam_idx)
+        return past_key_values
+
+    def _validate_model_kwargs(self, model_kwargs):
+        backbone_inputs = inspect.signature(self.model.vlm.forward).parameters
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in backbone_inputs})
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return self.model.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

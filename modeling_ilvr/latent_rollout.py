@@ -1,0 +1,130 @@
+"""Latent spans in a forward pass over whole sequences: where they are, and the cached walk that fills them.
+
+B batch, T sequence, S spans, K latents a span, D hidden.
+"""
+
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation.utils import _slice_mm_encoder_output
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def gather_spans(values, pads, num_spans, latent_size):
+    """Collects what stands at the latent positions of each row.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T, D)`): a vector for each column.
+        pads (`torch.BoolTensor` of shape `(B, T)`): where `<|latent_pad|>` stands.
+        num_spans (`int`): S, the largest number of spans in a row.
+        latent_size (`int`): K.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S, K, D)`: zeros for the spans that a row does not have.
+    """
+    batch_size, _, hidden_size = values.shape
+    rows, columns = pads.nonzero(as_tuple=True)
+    slots = (pads.cumsum(1) - 1)[rows, columns]
+    spans = values.new_zeros(batch_size, num_spans * latent_size, hidden_size)
+    return spans.index_put((rows, slots), values[rows, columns]).view(batch_size, -1, latent_size, hidden_size)
+
+
+def scatter_spans(inputs_embeds, pads, latent_values, latent_mask):
+    """Puts given latents in as input embeddings (teacher forcing).
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `(B, T, D)`): embeddings of the input ids.
+        pads (`torch.BoolTensor` of shape `(B, T)`): where `<|latent_pad|>` stands.
+        latent_values (`torch.Tensor` of shape `(B, S, K, D)`): the latents, in the order of the pads of a row.
+        latent_mask (`torch.BoolTensor` of shape `(B, S, K)`): which of them are used; the pads of the others keep
+            their own embedding.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, D)`: a new tensor.
+    """
+    slots = (pads.cumsum(1) - 1).clamp(min=0)  # (B, T): number of the pad within its row
+    values = latent_values.flatten(1, 2)  # (B, S * K, D)
+    values = values.gather(1, slots.unsqueeze(-1).expand(-1, -1, values.shape[-1]))  # (B, T, D)
+    forced = pads & latent_mask.flatten(1).gather(1, slots)
+    return torch.where(forced.unsqueeze(-1), values.to(inputs_embeds.dtype), inputs_embeds)
+
+
+class _ChunkLayer(DynamicLayer):
+    """Keys and values before a chunk. `update` does not change them, so a replay of the chunk finds the same past."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.extended = (
+            torch.cat([self.keys, key_states], dim=-2),
+            torch.cat([self.values, value_states], dim=-2),
+        )
+        return self.extended
+
+
+class ChunkCache(Cache):
+    """The past of one chunk of a differentiable walk.
+
+    A `DynamicCache` is written to by each forward, also by the one that gradient checkpointing replays during the
+    backward pass, when the cache already holds later chunks. Here each chunk has its own past, and `advance` makes the
+    past of the next one out of place.
+    """
+
+    def __init__(self, num_layers: int):
+        super().__init__(layers=[_ChunkLayer() for _ in range(num_layers)])
+
+    def advance(self) -> "ChunkCache":
+        following = ChunkCache(len(self.layers))
+        for new, old in zip(following.layers, self.layers):
+            new.lazy_initialization(*old.extended)
+            new.keys, new.values = old.extended
+        return following
+
+
+@contextmanager
+def checkpointing_with_cache(model):
+    """Lets gradient checkpointing keep the cache while the walk runs.
+
+    Layers drop the cache under checkpointing, because a replay would write to it a second time. A `ChunkCache` is
+    safe under replay.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Reentrant gradient checkpointing loses the gradient that flows through latent spans. Pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+
+
+def chunk_bounds(pads) -> list[tuple[int, int]]:
+    """Columns at which a chunk starts and ends: a new one at each column where some row has a latent."""
+    cuts = pads.any(0).nonzero().flatten().tolist()
+    return list(pairwise(sorted({0, *cuts, pads.shape[1]})))
+
+
+def slice_features(mm_encoder_outputs, placeholders, start, stop) -> dict:
+    """The image (and video) features whose placeholders stand in the columns from `start` to `stop`.
+
+    Args:
+        mm_encoder_outputs (`dict`): per modality, the output of the backbone's `get_image_features`.
+        placeholders (`dict`): per modality, where its placeholder tokens stand, `torch.BoolTensor` (B, T).
+    """
+    sliced = {}
+    for modality, output in mm_encoder_outputs.items():
+        mask = placeholders[modality]
+        rows = (mask.flatten().cumsum(0) - 1).view_as(mask)  # feature row of each placeholder
+        inside = mask[:, start:stop]
+        if inside.sum() == mask.sum():
+            sliced[modality] = output
+        elif inside.any():
+            sliced[modality] = _slice_mm_encoder_output(output, rows[:, start:stop][inside])
+    return sliced

@@ -1,0 +1,168 @@
+"""Processor of an ILVR model: the backbone's own processing of images and text, and latent spans in the chat template."""
+
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from .configuration_ilvr import LATENT_TOKENS, latent_token_ids
+
+
+# ChatML (Qwen) with latent spans: an image in an assistant turn is a helper image and renders as a span of K pads. The
+# markers around the assistant's words tell the trainer where the loss is.
+CHATML_TEMPLATE = """\
+{%- for message in messages %}
+{%- if loop.first and message.role != 'system' and DEFAULT_SYSTEM %}
+{{- '<|im_start|>system\\n' + DEFAULT_SYSTEM + '<|im_end|>\\n' }}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' %}
+{%- generation %}
+{%- if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{ '<|latent_start|>' + '<|latent_pad|>' * LATENT_SIZE + '<|latent_end|>' }}
+{%- elif part.type == 'text' %}{{ part.text }}{% endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endgeneration %}
+{%- else %}
+{%- if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'text' %}{{ part.text }}{% endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+class ILVRProcessor(ProcessorMixin):
+    r"""
+    Processes images and conversations for [`ILVRForConditionalGeneration`].
+
+    Args:
+        image_processor ([`~transformers.BaseImageProcessor`]): the backbone's.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the backbone's, with the latent tokens.
+        chat_template (`str`, *optional*): renders an image of an assistant turn as a latent span.
+        latent_size (`int`, *optional*, defaults to 8): K, the number of `<|latent_pad|>` in a span.
+        backbone_processor (`dict`, *optional*): `processor_class` of the backbone and its further arguments.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, latent_size=8, backbone_processor=None):
+        self.latent_size = latent_size
+        self.backbone_processor = backbone_processor or {"processor_class": "Qwen2_5_VLProcessor"}
+        arguments = dict(self.backbone_processor)
+        processor_class = _image_only(getattr(transformers, arguments.pop("processor_class")))
+        self._backbone = processor_class(image_processor, tokenizer, **arguments)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_backbone(
+        cls, name_or_path: str, *, latent_size: int | None = None, chat_template: str | None = None, **kwargs
+    ) -> "ILVRProcessor":
+        """Starts from the tokenizer and image processor of a plain vision-language checkpoint.
+
+        Args:
+            name_or_path (`str`): Hub id or folder of the backbone.
+            latent_size (`int`, *optional*, defaults to 8, or that of a reference checkpoint): K.
+            chat_template (`str`, *optional*): needed if the backbone's own is not ChatML; must render images of
+                assistant turns as latent spans and mark the assistant's words with `{% generation %}`.
+            kwargs: passed to `AutoTokenizer.from_pretrained` and `AutoImageProcessor.from_pretrained`.
+
+        Raises:
+            ValueError: if the backbone has no processor in transformers or its chat format is not known.
+        """
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if config.model_type not in PROCESSOR_MAPPING_NAMES:
+            raise ValueError(f"{name_or_path} ({config.model_type}) is not a vision-language model of transformers.")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+        *_, latent_size = latent_token_ids(config, tokenizer, latent_size)
+        processor_class = PROCESSOR_MAPPING_NAMES[config.model_type]
+        if chat_template is None:
+            chat_template = _chatml_with_spans(_backbone_chat_template(name_or_path, tokenizer, kwargs), latent_size)
+        return cls(image_processor, tokenizer, chat_template, latent_size, {"processor_class": processor_class})
+
+    @property
+    def image_token(self) -> str:
+        return self._backbone.image_token
+
+    @property
+    def image_token_id(self) -> int:
+        return self._backbone.image_token_id
+
+    @property
+    def latent_token_ids(self) -> tuple[int, int, int]:
+        """Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS)))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return self._backbone.model_input_names
+
+    def _get_num_multimodal_tokens(self, *args, **kwargs):
+        return self._backbone._get_num_multimodal_tokens(*args, **kwargs)
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """The backbone's processing: image placeholders in `text` are expanded, images become pixel values."""
+        return self._backbone(images=images, text=text, **kwargs)
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As [`~transformers.ProcessorMixin.apply_chat_template`]; an image in an assistant turn becomes a latent span.
+
+        The pixels of such a helper image are not model inputs and are left out.
+
+        Raises:
+            ValueError: if a text holds one of the latent tokens: spans come from images, not from text.
+        """
+        is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if is_batched else [conversation]
+        checked = [[_checked_message(message) for message in messages] for messages in conversations]
+        return super().apply_chat_template(checked if is_batched else checked[0], *args, **kwargs)
+
+
+def _image_only(processor_class):
+    """The backbone's processor class without its video processor, which needs torchvision."""
+    attributes = {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])}
+    return type(processor_class.__name__, (processor_class,), attributes)
+
+
+def _checked_message(message: dict) -> dict:
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        content = [{"type": "text", "text": content or ""}]
+    parts = []
+    for part in content:
+        found = [token for token in LATENT_TOKENS if token in (part.get("text") or "")]
+        if found:
+            raise ValueError(
+                f"The {message['role']} text {part['text'][:80]!r} holds {found[0]}. Latent tokens are made from images "
+                "in assistant turns; remove them from the text."
+            )
+        is_helper = message["role"] == "assistant" and part["type"] == "image"
+        parts.append({"type": "image"} if is_helper else part)
+    return {**message, "content": parts}
+
+
+def _backbone_chat_template(name_or_path, tokenizer, kwargs) -> str:
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    file = cached_file(name_or_path, "chat_template.jinja", _raise_exceptions_for_missing_entries=False, **kwargs)
+    return "" if file is None else open(file, encoding="utf-8").read()
+
+
+def _chatml_with_spans(backbone_template: str, latent_size: int) -> str:
+    if "<|im_start|>" not in backbone_template or "<|vision_start|>" not in backbone_template:
+        raise ValueError(
+            "The backbone's chat template is not Qwen's ChatML, so how a latent span is rendered is not known. Pass "
+            "chat_template=, with images of assistant turns rendered as <|latent_start|>, latent_size times "
+            "<|latent_pad|> and <|latent_end|>."
+        )
+    default_system = "You are a helpful assistant."
+    system = f"'{default_system}'" if default_system in backbone_template else "none"
+    header = f"{{%- set LATENT_SIZE = {latent_size} %}}{{%- set DEFAULT_SYSTEM = {system} %}}\n"
+    return header + CHATML_TEMPLATE
