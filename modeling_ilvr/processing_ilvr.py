@@ -24,8 +24,9 @@ CHATML_TEMPLATE = """\
 {%- elif part.type == 'text' %}{{ part.text }}{% endif %}
 {%- endfor %}
 {%- endif %}
-{{- '<|im_end|>\\n' }}
+{{- '<|im_end|>' }}
 {%- endgeneration %}
+{{- '\\n' }}
 {%- else %}
 {%- if message.content is string %}{{ message.content }}{% else %}
 {%- for part in message.content %}

@@ -1,0 +1,8 @@
+"""Training of latent visual reasoning."""
+
+from .data_collator import LatentDataCollator
+from .ilvr_trainer import ILVRTrainer
+from .ilvr_training_config import ILVRTrainingConfig
+
+
+__all__ = ["ILVRTrainer", "ILVRTrainingConfig", "LatentDataCollator"]

@@ -1,0 +1,192 @@
+"""Forward passes: equal to the backbone without latents, exact gradients through latents, save and load."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LATENT_SIZE, encode, make_sample, perturb
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLConfig
+
+from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
+
+
+SAMPLES = [make_sample(["Right", "Down", "Up"]), make_sample(["Left", "Right Down Left", "Up Up"], "Plan a path")]
+
+
+def next_token_loss(logits, inputs):
+    mask = inputs["attention_mask"][:, 1:]
+    log_probs = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+    return -(log_probs * mask).sum() / mask.sum()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).abs().max() / other[k].abs().max().clamp(min=1e-6)) for k in one)
+
+
+def prefix_recompute(model, inputs):
+    """The published algorithm: for each latent column, a forward pass over everything before it."""
+    core, pads = model.model.core, inputs["input_ids"] == model.config.latent_pad_token_id
+    encoded = model.model._encode(inputs["input_ids"], {k: v for k, v in inputs.items() if k != "input_ids"})
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for column in pads.any(0).nonzero().flatten().tolist():
+        before = core(inputs_embeds=embeds, **encoded).last_hidden_state[:, column - 1]
+        latent = torch.where(pads[:, column, None], model.model.latent_head(before), embeds[:, column])
+        embeds = torch.cat([embeds[:, :column], latent[:, None], embeds[:, column + 1 :]], dim=1)
+    return model.get_output_embeddings()(core(inputs_embeds=embeds, **encoded).last_hidden_state)
+
+
+def test_forward_without_latents_is_the_backbones(model, processor):
+    inputs = encode(processor, SAMPLES, "left", prompt_only=True)
+    torch.testing.assert_close(model(**inputs).logits, model.vlm(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("padding_side", ["left", "right", "none"])
+def test_walk_has_the_gradients_of_prefix_recompute(model, processor, padding_side, checkpointing):
+    samples = SAMPLES[:1] if padding_side == "none" else SAMPLES
+    inputs = encode(processor, samples, "right" if padding_side == "none" else padding_side)
+    model.train()
+    expected = gradients(model, next_token_loss(prefix_recompute(model, inputs), inputs))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    outputs = model(**inputs)
+    found = gradients(model, next_token_loss(outputs.logits, inputs))
+    assert largest_difference(found, expected) < 1e-5
+    # The control: without the feedback's gradient they differ.
+    model.activation_checkpointing_disable()
+    detached = model(**inputs, latent_values=outputs.predicted_latents.detach())
+    assert largest_difference(gradients(model, next_token_loss(detached.logits, inputs)), expected) > 1e-2
+
+
+def test_checkpointing_replays_the_layers(model, processor):
+    inputs = encode(processor, SAMPLES)
+    model.train().activation_checkpointing_enable()
+    calls = []
+    model.model.core.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    loss = next_token_loss(model(**inputs).logits, inputs)
+    forward_calls = len(calls)
+    loss.backward()
+    assert len(calls) == 2 * forward_calls
+
+
+def test_reentrant_checkpointing_is_refused(model, processor):
+    model.train().activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(**encode(processor, SAMPLES))
+
+
+def test_forcing_the_own_latents_changes_nothing(model, processor):
+    inputs = encode(processor, SAMPLES, "left")
+    own = model(**inputs)
+    forced = model(**inputs, latent_values=own.predicted_latents)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(forced.logits[real], own.logits[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(forced.predicted_latents, own.predicted_latents, rtol=1e-4, atol=1e-4)
+
+
+def test_forced_latents_reach_their_positions_and_masked_ones_do_not(model, processor):
+    inputs = encode(processor, SAMPLES)
+    values = torch.randn(2, 2, LATENT_SIZE, 32)
+    mask = torch.ones(2, 2, LATENT_SIZE, dtype=torch.bool)
+    mask[0, 1, 2] = False
+    fed = model(**inputs, latent_values=values, latent_mask=mask).latent_inputs
+    pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+    torch.testing.assert_close(fed[mask], values[mask])
+    torch.testing.assert_close(fed[0, 1, 2], pad)
+
+
+def test_latents_of_another_size_are_refused(model, processor):
+    with pytest.raises(ValueError, match="5 latents a span; the model's latent_size is 3"):
+        model(**encode(processor, SAMPLES), latent_values=torch.zeros(2, 2, 5, 32))
+
+
+def test_precomputed_image_features_equal_pixels(model, processor):
+    inputs = encode(processor, SAMPLES)
+    expected = model(**inputs).logits
+    features = model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True)
+    torch.testing.assert_close(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
+
+
+def test_later_image_in_the_sequence(model, processor):
+    """A second user turn with an image comes after the first span, and so in a later chunk of the walk."""
+    first, second = SAMPLES
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": first["images"][0]}, {"type": "text", "text": "Plan"}]},
+        first["messages"][1],
+        {"role": "user", "content": [{"type": "image", "image": first["images"][1]}, {"type": "text", "text": "Up"}]},
+        second["messages"][1],
+    ]
+    inputs = processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
+    assert len(inputs["image_grid_thw"]) == 2
+    torch.testing.assert_close(model(**inputs).logits, prefix_recompute(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["identity", "linear", "mlp"])
+def test_save_and_load_with_perturbed_weights(backbone_dir, processor, tmp_path, head):
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head=head), seed=2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    inputs = encode(processor, SAMPLES)
+    for auto_class in (AutoModelForImageTextToText, AutoModel):
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert isinstance(loaded, ILVRForConditionalGeneration)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(reloaded, ILVRProcessor) and reloaded.latent_size == 3
+    assert encode(reloaded, SAMPLES)["input_ids"].equal(inputs["input_ids"])
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
+    assert str(backbone_dir) not in (tmp_path / "config.json").read_text()
+
+
+def test_sdpa_and_eager_agree(model, processor):
+    inputs = encode(processor, SAMPLES)
+    sdpa = model(**inputs).logits
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    assert other.vlm.config.get_text_config()._attn_implementation == "eager"
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(other(**inputs).logits[real], sdpa[real], rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_of_the_walk_are_those_of_one_forward(model, processor):
+    inputs = encode(processor, SAMPLES)
+    own = model(**inputs, output_hidden_states=True)
+    forced = model(**inputs, latent_values=own.predicted_latents, output_hidden_states=True)
+    real = inputs["attention_mask"].bool()
+    assert len(own.hidden_states) == len(forced.hidden_states)
+    for a, b in zip(own.hidden_states, forced.hidden_states):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
+
+
+def test_real_size_is_built_on_the_meta_device():
+    """Qwen2.5-VL-7B's published sizes: 28 layers, hidden 3584, 28 heads over 4 key-value heads."""
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584}
+    config = ILVRConfig(vlm_config=Qwen2_5_VLConfig(text_config=text, vision_config=vision), latent_size=8)
+    with torch.device("meta"):
+        model = ILVRForConditionalGeneration(config)
+    assert model.num_parameters() == 8_292_166_656
+
+
+def test_bad_configurations_are_refused(backbone_dir, tmp_path, model):
+    with pytest.raises(ValueError, match="latent_size"):
+        ILVRConfig(latent_size=0)
+    with pytest.raises(ValueError, match="latent_head"):
+        ILVRConfig(latent_head="conv")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ILVR checkpoint already"):
+        ILVRForConditionalGeneration.from_backbone(tmp_path)

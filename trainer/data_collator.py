@@ -1,0 +1,104 @@
+"""Batches of prepared samples, with the latent spans of all rows in the same columns.
+
+B batch, T sequence, S spans, K latents a span.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import ProcessorMixin
+from transformers.data.data_collator import DataCollatorMixin
+
+from .data_preparation import HELPER_IMAGES, USER_IMAGES, open_image, process_images, unpack
+
+
+HELPER_PREFIX = "helper_"
+
+
+def align_spans(rows: list[list[int]], start_id: int) -> list[list[int]]:
+    """Lays out token rows so that the s-th latent span of each row starts in the same column.
+
+    A row is cut before each `<|latent_start|>` and each piece is padded to the longest of its number: the first one,
+    the prompt, on the left, the others on the right. The walk through latent spans then makes K cuts a span, and not up
+    to B * K.
+
+    Args:
+        rows (`list[list[int]]`): token ids.
+        start_id (`int`): id of `<|latent_start|>`.
+
+    Returns:
+        `list[list[int]]`: for each row and column of the batch, the index of the token to put there, -1 for padding.
+    """
+    pieces = []
+    for row in rows:
+        starts = [i for i, token in enumerate(row) if token == start_id]
+        pieces.append([list(range(a, b)) for a, b in zip([0, *starts], [*starts, len(row)])])
+    layout = [[] for _ in rows]
+    for s in range(max(len(p) for p in pieces)):
+        width = max(len(p[s]) for p in pieces if s < len(p))
+        for columns, p in zip(layout, pieces):
+            piece = p[s] if s < len(p) else []
+            padding = [-1] * (width - len(piece))
+            columns += padding + piece if s == 0 else piece + padding
+    return layout
+
+
+@dataclass
+class LatentDataCollator(DataCollatorMixin):
+    """Collates samples prepared by [`prepare_dataset`].
+
+    Since a batch can have padding between the words of a row, `shift_labels` says at each column what the next *token*
+    is, whatever its column: position t predicts `shift_labels[:, t]`. There is no loss on prompts and latents.
+
+    Args:
+        processor ([`ILVRProcessor`]).
+        pad_to_multiple_of (`int`, *optional*): pads the length of the batch further, on the right.
+
+    Returns:
+        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `shift_labels` (B, T), `mm_token_type_ids` where the
+        backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of the
+        helper images; or `image_features`, `image_lengths` in place of pixels where they were computed before.
+    """
+
+    processor: ProcessorMixin
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        start_id, latent_pad_id, _ = self.processor.latent_token_ids
+        layout = align_spans([example["input_ids"] for example in examples], start_id)
+        if self.pad_to_multiple_of:
+            missing = -len(layout[0]) % self.pad_to_multiple_of
+            layout = [columns + [-1] * missing for columns in layout]
+        source = torch.tensor(layout)  # (B, T)
+        present = source >= 0
+        batch = {
+            "input_ids": _lay_out(examples, "input_ids", layout, self.processor.tokenizer.pad_token_id),
+            "attention_mask": present.long(),
+            "assistant_mask": _lay_out(examples, "assistant_mask", layout, False).bool() & present,
+        }
+        for example in examples:
+            counted = [
+                token if in_turn and token != latent_pad_id else -100
+                for token, in_turn in zip(example["input_ids"], example["assistant_mask"])
+            ]
+            example["shift_labels"] = [*counted[1:], -100]
+        batch["shift_labels"] = _lay_out(examples, "shift_labels", layout, -100)
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            types = self.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
+            batch["mm_token_type_ids"] = torch.tensor(types)
+        batch |= self._collate_images([example[USER_IMAGES] for example in examples])
+        helper = self._collate_images([example[HELPER_IMAGES] for example in examples])
+        return batch | {HELPER_PREFIX + name: tensor for name, tensor in helper.items()}
+
+    def _collate_images(self, rows: list) -> dict[str, torch.Tensor]:
+        if isinstance(rows[0], bytes):
+            parts = [tensors for tensors in map(unpack, rows) if tensors]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        images = [open_image(image, "An image of a prepared sample") for row in rows for image in row]
+        return process_images(images, self.processor)
+
+
+def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding) -> torch.Tensor:
+    rows = [[*example[column], padding] for example in examples]  # index -1 is the padding
+    return torch.tensor([[row[i] for i in columns] for row, columns in zip(rows, layout)])

@@ -1,0 +1,159 @@
+"""From conversations to token ids, before training starts: every sample is checked, every error names its sample."""
+
+import io
+import warnings
+
+import torch
+from datasets import Features, Image, IterableDataset, List, Value
+from PIL import Image as PILImage
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+
+USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"  # columns of a prepared data set
+
+
+def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train", keep_pixels=None, num_proc=None):
+    """Tokenizes conversations and checks them.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): with `messages` (or `prompt` and `completion`) and `images`.
+        processor ([`ILVRProcessor`]).
+        stage (`int`): 1 needs a helper image in each sample.
+        max_length (`int`, *optional*): longest sequence allowed, in tokens.
+        name (`str`, *optional*, defaults to `"train"`): of the data set, for messages.
+        keep_pixels (`torch.dtype`, *optional*): whether, and in what precision, processed images are kept.
+        num_proc (`int`, *optional*): processes to use.
+
+    Returns:
+        The data set with `input_ids`, `assistant_mask`, `user_images` and `helper_images`: the images as they were or,
+        with `keep_pixels`, the tensors that the image processor makes of them, serialised.
+
+    Raises:
+        ValueError: names the first bad sample, what is wrong with it and how to mend it.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if "input_ids" in columns:
+        return dataset
+    if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"The {name} data set needs a column `messages` (or `prompt` and `completion`), it has {columns}."
+        )
+    if "images" in columns:
+        # Not decoded by `datasets`, whose error for a broken file does not say which sample it is in.
+        dataset = dataset.cast_column("images", List(Image(decode=False)))
+    arguments = {
+        "processor": processor,
+        "stage": stage,
+        "max_length": max_length,
+        "name": name,
+        "keep_pixels": keep_pixels,
+    }
+    image_column = Value("binary") if keep_pixels is not None else List(Image(decode=False))
+    features = Features(
+        {
+            "input_ids": List(Value("int32")),
+            "assistant_mask": List(Value("bool")),
+            USER_IMAGES: image_column,
+            HELPER_IMAGES: image_column,
+        }
+    )
+    shared = {"with_indices": True, "fn_kwargs": arguments, "remove_columns": columns, "features": features}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(prepare_sample, **shared)
+    return dataset.map(prepare_sample, **shared, num_proc=num_proc, desc=f"Preparing {name} data")
+
+
+def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, name, keep_pixels=None) -> dict:
+    """Checks and tokenizes one conversation, see [`prepare_dataset`]."""
+    where = f"Sample {index} of the {name} data"
+    messages = sample["messages"] if "messages" in sample else [*sample["prompt"], *sample["completion"]]
+    images = [open_image(image, f"{where}, image {i}") for i, image in enumerate(sample.get("images") or [])]
+    messages, user_order, helper_order = distribute_images(messages, images, where)
+    if stage == 1 and not helper_order:
+        raise ValueError(
+            f"{where} has no image in an assistant turn, so stage 1 has nothing to align its latents with. Add helper "
+            "images, or train it in stage 2."
+        )
+    try:
+        encoded = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    input_ids, assistant_mask = encoded.pop("input_ids")[0], encoded.pop("assistant_masks")[0]
+    if not assistant_mask.any():
+        raise ValueError(f"{where} has no words of the assistant to learn from.")
+    if max_length is not None and len(input_ids) > max_length:
+        raise ValueError(
+            f"{where} has {len(input_ids)} tokens, more than max_length={max_length}. A sequence is never cut, for the "
+            "cut could fall into a latent span or an image: raise max_length, shrink the images or leave the sample out."
+        )
+    prepared = {"input_ids": input_ids.tolist(), "assistant_mask": assistant_mask.bool().tolist()}
+    for column, order in ((USER_IMAGES, user_order), (HELPER_IMAGES, helper_order)):
+        if keep_pixels is None:
+            prepared[column] = [sample["images"][i] for i in order]
+        else:
+            prepared[column] = pack(process_images([images[i] for i in order], processor), keep_pixels)
+    return prepared
+
+
+def open_image(image, where: str) -> PILImage.Image:
+    """Decodes an image of a sample: a PIL image, or `datasets`' dict of `bytes` and `path`."""
+    if isinstance(image, PILImage.Image):
+        return image.convert("RGB")
+    source = image.get("path") if isinstance(image, dict) else image
+    data = image.get("bytes") if isinstance(image, dict) else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PILImage.DecompressionBombWarning)
+            return PILImage.open(io.BytesIO(data) if data is not None else source).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{where}: there is no file {source}. Correct the path or leave the sample out.") from error
+    except (OSError, AttributeError, PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
+        raise ValueError(f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it.") from error
+
+
+def distribute_images(messages, images, where: str):
+    """Puts the images into the image parts, in order, and tells user images from helper images.
+
+    Returns:
+        `tuple`: the messages with images, and the indices of the images of user turns and of assistant turns.
+    """
+    num_parts = sum(
+        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
+    )
+    if num_parts != len(images):
+        raise ValueError(
+            f"{where} has {num_parts} image parts in its messages but {len(images)} images. Each image needs one part "
+            "{'type': 'image'}, in the same order."
+        )
+    user_order, helper_order, filled = [], [], []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                if part["type"] == "image":
+                    number = len(user_order) + len(helper_order)
+                    (helper_order if message["role"] == "assistant" else user_order).append(number)
+                    part = {"type": "image", "image": images[number]}
+                parts.append(part)
+            content = parts
+        filled.append({**message, "content": content})
+    return filled, user_order, helper_order
+
+
+def process_images(images: list, processor) -> dict[str, torch.Tensor]:
+    """The image processor's tensors for a list of images; empty for none."""
+    return dict(processor.image_processor(images, return_tensors="pt")) if images else {}
+
+
+def pack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> bytes:
+    """Serialises tensors for a column of a data set; floating-point ones in `dtype`."""
+    cast = {k: (t.to(dtype) if t.is_floating_point() else t).contiguous() for k, t in tensors.items()}
+    return save_tensors(cast) if cast else b""
+
+
+def unpack(data: bytes) -> dict[str, torch.Tensor]:
+    return load_tensors(data) if data else {}

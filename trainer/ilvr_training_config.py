@@ -1,0 +1,105 @@
+"""Arguments of `ILVRTrainer`."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .selection import SELECTION_METHODS
+
+
+@dataclass
+class ILVRTrainingConfig(SFTConfig):
+    r"""
+    Configuration of [`ILVRTrainer`]. All arguments of [`~trl.SFTConfig`] apply; those named here are added, or have
+    another default. Defaults are the paper's (arXiv 2512.05665, section 4.1) unless a line says otherwise.
+
+    Args:
+        > What is trained
+
+        stage (`int`, *optional*, defaults to 1):
+            1 aligns the latents with features that a momentum teacher selects from the helper images; 2 trains through
+            the model's own latents with cross-entropy alone. Samples without helper images train as text in stage 2.
+        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
+            Whether the vision tower and merger stay as they are.
+        cache_images (`bool`, *optional*, defaults to `False`):
+            Whether each image is processed once, before training. What is kept is the output of the vision tower while
+            it is frozen, and the processed pixels otherwise. Not the paper's; saves time where it fits in memory.
+
+        > Stage 1: teacher and selection
+
+        teacher_decay (`float`, *optional*, defaults to 0.999):
+            Momentum of the teacher.
+        selection_method (`str`, *optional*, defaults to `"query_top_p"`):
+            How targets are selected: `"query_top_p"` (the paper), `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
+        selection_top_p (`float`, *optional*, defaults to 0.9):
+            Probability mass that the selected features hold.
+        selection_temperature (`float`, *optional*, defaults to 0.05):
+            Temperature of the softmax over cosines. The paper's is 1.0, at which top-p never binds.
+        max_candidates (`int`, *optional*, defaults to 256):
+            Groups that the features of a helper image are averaged into.
+
+        > Stage 1: loss
+
+        ce_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the cross-entropy over words and span markers.
+        alignment_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the alignment loss.
+        alignment_noise (`float`, *optional*, defaults to 0.01):
+            Standard deviation of the noise added to the targets of the alignment loss.
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-5, `weight_decay` 0.01, `num_train_epochs` 15,
+    > `per_device_train_batch_size` 1, `gradient_accumulation_steps` 8, `max_grad_norm` 1.0, `max_length` `None` (no
+    > sequence is ever cut: a longer one is an error), `remove_unused_columns` `False`.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay for AdamW."})
+    num_train_epochs: float = field(default=15.0, metadata={"help": "Total number of training epochs."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Batch size per device."})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence allowed, in tokens. A longer sample is an error before training starts."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the data set's own columns."}
+    )
+
+    stage: int = field(default=1, metadata={"help": "1: alignment with a momentum teacher. 2: own latents, CE only."})
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether the vision tower and merger are frozen."})
+    cache_images: bool = field(
+        default=False, metadata={"help": "Whether to process each image once and keep the result."}
+    )
+
+    teacher_decay: float = field(default=0.999, metadata={"help": "Momentum of the teacher."})
+    selection_method: str = field(
+        default="query_top_p",
+        metadata={"help": "How targets are selected from a helper image.", "choices": list(SELECTION_METHODS)},
+    )
+    selection_top_p: float = field(default=0.9, metadata={"help": "Probability mass of the selected features."})
+    selection_temperature: float = field(default=0.05, metadata={"help": "Softmax temperature over the cosines."})
+    max_candidates: int = field(default=256, metadata={"help": "Feature groups per helper image."})
+
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy."})
+    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in (1, 2):
+            raise ValueError(f"`stage` must be 1 (alignment) or 2 (relaxation), got {self.stage}.")
+        if self.selection_method not in SELECTION_METHODS:
+            raise ValueError(f"`selection_method` must be one of {SELECTION_METHODS}, got {self.selection_method!r}.")
+        if not 0 <= self.teacher_decay < 1:
+            raise ValueError(f"`teacher_decay` must lie in [0, 1), got {self.teacher_decay}.")
+        if not 0 < self.selection_top_p <= 1 or self.selection_temperature <= 0:
+            raise ValueError(
+                "`selection_top_p` must lie in (0, 1] and `selection_temperature` above 0, got "
+                f"{self.selection_top_p} and {self.selection_temperature}."
+            )
+        if self.packing or self.padding_free:
+            raise ValueError("`packing` and `padding_free` would mix the spans of samples; set both to False.")
+        # The trainer prepares the data itself; TRL's own preparation knows nothing of latent spans.
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}

@@ -1,0 +1,52 @@
+"""The parts of the ILVR loss. Pure functions. Shapes: B batch, T sequence, S spans, K latents, D hidden, V vocabulary."""
+
+import torch
+from torch.nn import functional as F
+
+
+def alignment_loss(predicted_latents, targets, target_mask, *, noise_std=0.0):
+    """1 - cosine between what the model feeds back and what the teacher selected (paper, equation 8).
+
+    Args:
+        predicted_latents (`torch.Tensor` of shape `(B, S, K, D)`): latent_head(h_{t-1}) at each latent position t.
+        targets (`torch.Tensor` of shape `(B, S, K, D)`): selected features of the helper images, no gradient.
+        target_mask (`torch.BoolTensor` of shape `(B, S, K)`): which positions have a target.
+        noise_std (`float`, *optional*, defaults to 0.0): normal noise added to the targets; 0.01 in the paper.
+
+    Returns:
+        `tuple`: the loss, a mean over each sample's targets and then over the samples that have any, as batch 1 with
+        accumulation gives it; and the mean cosine without noise, for the log.
+    """
+    predicted, targets = predicted_latents.float(), targets.float()
+    noisy = targets + noise_std * torch.randn_like(targets) if noise_std else targets
+    per_latent = 1 - torch.cosine_similarity(predicted, noisy, dim=-1)  # (B, S, K)
+    counts = target_mask.sum((1, 2))
+    per_sample = (per_latent * target_mask).sum((1, 2)) / counts.clamp(min=1)
+    num_samples = (counts > 0).sum().clamp(min=1)
+    with torch.no_grad():
+        cosine = torch.cosine_similarity(predicted, targets, dim=-1)[target_mask].mean()
+    return per_sample.sum() / num_samples, cosine
+
+
+def token_loss(logits, labels, *, num_items=None):
+    """Cross-entropy of next tokens, already aligned: `logits[:, t]` predicts `labels[:, t]`.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, V)`), labels (`torch.LongTensor` of shape `(B, T)`): -100 for no loss.
+        num_items (`torch.Tensor` or `int`, *optional*, defaults to the number of labels): the divisor.
+
+    Returns:
+        `torch.Tensor`: a scalar; zero, with a gradient of zero, where there is no label.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    divisor = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
+    return total / divisor.clamp(min=1)
+
+
+def mean_pairwise_cosine(vectors):
+    """Mean cosine between all pairs of different rows of `vectors` (M, D): near 1, the targets have collapsed."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    count = len(unit)
+    if count < 2:
+        return vectors.new_zeros((), dtype=torch.float32)
+    return (unit.sum(0).square().sum() - count) / (count * (count - 1))
