@@ -95,14 +95,20 @@ class FrozenLakeMap:
                     queue.append(near)
         return found
 
+    def best_moves(self, cell: Cell) -> list[str]:
+        """The moves that bring the player closer to the goal; none on the goal, in a hole or where it is out of reach."""
+        distance = self.distances.get(cell)
+        if distance is None:
+            return []
+        return [move for move in MOVES if self.distances.get(self.step(cell, move)) == distance - 1]
+
     def shortest_path(self, rng: random.Random) -> str:
         """A shortest path from start to goal as letters, ties broken by `rng`."""
         if self.start not in self.distances:
             raise ValueError(f"The goal cannot be reached from the start of {self.rows}.")
         cell, plan = self.start, ""
         while cell != self.goal:
-            closer = [m for m in MOVES if self.distances.get(self.step(cell, m)) == self.distances[cell] - 1]
-            plan += rng.choice(closer)
+            plan += rng.choice(self.best_moves(cell))
             cell = self.step(cell, plan[-1])
         return plan
 

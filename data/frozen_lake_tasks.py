@@ -19,6 +19,7 @@ OUTCOMES = {"goal": "A", "hole": "B", "neither": "C"}
 PROMPTS = {
     "describe": "Describe the board.",
     "distances": "How far is each cell from the goal?",
+    "moves": "What is the best move from each cell?",
     "plan": "Plan a path to the goal. Answer directly.",
     "plan_trace": "Plan a path to the goal. Think step by step.",
     "outcome": "Does this plan reach the goal (A), fall into a hole (B) or neither (C)? Plan: {plan}",
@@ -61,8 +62,8 @@ def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict:
 
     Args:
         board (`FrozenLakeMap`): the map; its goal can be reached.
-        task (`str`): `describe` (the letters of the cells), `distances` (moves to the goal from each cell), `plan` (a
-            shortest path, answered directly), `plan_trace` (the same, with the board after each move as helper image) or
+        task (`str`): `describe` (the letters of the cells), `distances` (moves to the goal from each cell), `moves`
+            (a best move from each cell), `plan` (a shortest path, answered directly), `plan_trace` (the same, with the board after each move as helper image) or
             `outcome` (what a given plan leads to, likewise with helper images). Several, joined by `+`, are asked one
             after the other about the same picture.
         rng (`random.Random`): breaks ties between shortest paths and draws the plans of `outcome`.
@@ -86,13 +87,13 @@ def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict:
 def _answer(board: FrozenLakeMap, task: str, rng: random.Random, trace: Trace) -> tuple[str, str]:
     """Writes the assistant's turn into `trace`; returns the question and the answer."""
     prompt = PROMPTS[task]
-    if task == "describe":
-        answer = "\n".join(" ".join(row) for row in board.rows)
-        trace.text(answer)
-    elif task == "distances":
-        far = board.distances
-        cells = [[str(far.get((r, c), "-")) for c in range(board.size)] for r in range(board.size)]
-        answer = "\n".join(" ".join(row) for row in cells)
+    if task in ("describe", "distances", "moves"):
+        cells = {
+            "describe": lambda cell: board[cell],
+            "distances": lambda cell: str(board.distances.get(cell, "-")),
+            "moves": lambda cell: rng.choice(board.best_moves(cell) or ["-"]),
+        }[task]
+        answer = "\n".join(" ".join(cells((r, c)) for c in range(board.size)) for r in range(board.size))
         trace.text(answer)
     elif task == "outcome":
         plan, outcome = _plan_with_outcome(board, rng)

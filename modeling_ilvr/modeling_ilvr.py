@@ -357,6 +357,17 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         model.tie_weights()
         return model.eval()
 
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """As [`~transformers.PreTrainedModel.save_pretrained`], with the names that the weights have in the model.
+
+        The "original format" of a backbone is its oldest layout on the Hub. `Trainer` resumes with a plain
+        `load_state_dict`, which would skip the renamed weights with no more than a warning.
+        """
+        # `register_for_auto_class` remembers one auto class; `AutoModel` finds the same class.
+        name = type(self).__name__
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": f"modeling_ilvr.{name}"}
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
     @property
     def vlm(self) -> PreTrainedModel:
         """The backbone."""

@@ -48,14 +48,15 @@ class LatentDataCollator(DataCollatorMixin):
     """Collates samples prepared by [`prepare_dataset`].
 
     Since a batch can have padding between the words of a row, `shift_labels` says at each column what the next *token*
-    is, whatever its column: position t predicts `shift_labels[:, t]`. There is no loss on prompts and latents.
+    is, whatever its column: position t predicts `shift_labels[:, t]`. There is no loss on prompts and latents. `labels`
+    are the same in the tokens' own columns; `Trainer` wants them beside `shift_labels`.
 
     Args:
         processor ([`ILVRProcessor`]).
         pad_to_multiple_of (`int`, *optional*): pads the length of the batch further, on the right.
 
     Returns:
-        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `shift_labels` (B, T), `mm_token_type_ids` where the
+        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids` where the
         backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of the
         helper images; or `image_features`, `image_lengths` in place of pixels where they were computed before.
     """
@@ -77,13 +78,15 @@ class LatentDataCollator(DataCollatorMixin):
             "attention_mask": present.long(),
             "assistant_mask": _lay_out(examples, "assistant_mask", layout, False).bool() & present,
         }
+        examples = [dict(example) for example in examples]
         for example in examples:
             counted = [
                 token if in_turn and token != latent_pad_id else -100
                 for token, in_turn in zip(example["input_ids"], example["assistant_mask"])
             ]
-            example["shift_labels"] = [*counted[1:], -100]
-        batch["shift_labels"] = _lay_out(examples, "shift_labels", layout, -100)
+            example["labels"], example["shift_labels"] = counted, [*counted[1:], -100]
+        for name in ("labels", "shift_labels"):
+            batch[name] = _lay_out(examples, name, layout, -100)
         if "mm_token_type_ids" in self.processor.model_input_names:
             types = self.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
             batch["mm_token_type_ids"] = torch.tensor(types)

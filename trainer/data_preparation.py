@@ -94,7 +94,9 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, na
         if keep_pixels is None:
             prepared[column] = [sample["images"][i] for i in order]
         else:
-            prepared[column] = pack(process_images([images[i] for i in order], processor), keep_pixels)
+            names = processor.image_processor.model_input_names
+            done = {k: v for k, v in encoded.items() if k in names} if column == USER_IMAGES else None
+            prepared[column] = pack(done or process_images([images[i] for i in order], processor), keep_pixels)
     return prepared
 
 

@@ -124,7 +124,7 @@ class ILVRTrainer(SFTTrainer):
     # ---------------------------------------------------------------------------------------------- the training step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
         assistant_mask, shift_labels = inputs.pop("assistant_mask"), inputs.pop("shift_labels")
         helper_inputs = {k: inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)}
 

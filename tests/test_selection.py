@@ -1,0 +1,122 @@
+"""Selection of targets against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from ilvr.trainer.selection import (
+    global_query,
+    group_candidates,
+    masked_mean,
+    select_by_query,
+    select_without_query,
+    span_text_masks,
+    top_p_selection,
+)
+
+
+ALL = dict(dtype=torch.bool)
+
+
+def test_masked_mean():
+    values = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+    assert masked_mean(values, torch.tensor([[True, True, False]])).tolist() == [[2.0, 3.0]]
+    assert masked_mean(values, torch.tensor([[False, False, False]])).tolist() == [[0.0, 0.0]]
+
+
+def test_group_candidates_averages_contiguous_groups():
+    features = torch.arange(5.0).unsqueeze(1)
+    assert group_candidates(features, 2).squeeze(1).tolist() == [1.0, 3.5]  # {0, 1, 2} and {3, 4}
+    assert group_candidates(features, 5) is features
+
+
+def test_global_query_by_hand():
+    """Prompt state h_p = (2, 0); image states (1, 0) and (0, 1); D = 2, so the scores are 2 / sqrt(2) and 0."""
+    hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [7.0, 7.0]]])
+    image = torch.tensor([[True, True, False, False]])
+    prompt = torch.tensor([[False, False, True, False]])
+    weight = math.exp(2 / math.sqrt(2)) / (math.exp(2 / math.sqrt(2)) + 1)
+    expected = [(weight + 2) / 2, (1 - weight) / 2]
+    assert global_query(hidden, prompt, image)[0].tolist() == pytest.approx(expected)
+    assert global_query(hidden, prompt, torch.zeros_like(image))[0].tolist() == [2.0, 0.0]
+
+
+def test_span_text_masks():
+    start, pad, end = 5, 6, 7
+    ids = torch.tensor([[1, 2, 3, start, pad, end, 4, start, pad, end, 2]])
+    assistant = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]], **ALL)
+    masks = span_text_masks(ids, assistant, (start, pad, end), 2)
+    assert masks[0, 0].nonzero().flatten().tolist() == [1, 2]
+    assert masks[0, 1].nonzero().flatten().tolist() == [6]
+
+
+def test_top_p_by_hand():
+    """Probabilities 0.6, 0.3, 0.1: two of them hold 0.9, three more than 0.95."""
+    scores = torch.tensor([0.3, 0.1, 0.6]).log().unsqueeze(0)
+    exists = torch.ones(1, 3, **ALL)
+    indices, selected, mass = top_p_selection(scores, exists, top_p=0.85, max_selected=3, temperature=1.0)
+    assert indices[0].tolist() == [2, 0, 1] and selected[0].tolist() == [True, True, False]
+    assert mass.item() == pytest.approx(0.9)
+    _, selected, _ = top_p_selection(scores, exists, top_p=0.95, max_selected=3, temperature=1.0)
+    assert selected.sum() == 3
+    _, selected, mass = top_p_selection(scores, exists, top_p=0.95, max_selected=2, temperature=1.0)
+    assert selected.sum() == 2 and mass.item() == pytest.approx(0.9)
+
+
+def test_top_p_with_few_or_no_candidates():
+    scores = torch.zeros(2, 3)
+    exists = torch.tensor([[True, False, False], [False, False, False]])
+    indices, selected, mass = top_p_selection(scores, exists, top_p=0.9, max_selected=5, temperature=1.0)
+    assert selected.tolist() == [[True] + [False] * 4, [False] * 5]
+    assert indices[0, 0] == 0 and mass.tolist() == [1.0, 0.0]
+
+
+def test_temperature_one_never_binds():
+    """The paper's preset: cosines lie in [-1, 1], so 8 of 15 candidates hold less than 0.9 and all 8 are kept."""
+    scores = torch.linspace(-1, 1, 15).unsqueeze(0)
+    exists = torch.ones(1, 15, **ALL)
+    _, selected, mass = top_p_selection(scores, exists, top_p=0.9, max_selected=8, temperature=1.0)
+    assert selected.sum() == 8 and mass.item() < 0.9
+    _, selected, _ = top_p_selection(scores, exists, top_p=0.9, max_selected=8, temperature=0.1)
+    assert selected.sum() == 2  # probabilities fall by exp(-(1 / 7) / 0.1) = 0.24 a step: 0.76 + 0.18 are enough
+
+
+def test_queries_chain_through_the_spans():
+    """Span 0 asks for (1, 0) and gets it; span 1 has no words, so u and that feature make its query."""
+    candidates = torch.eye(2).expand(1, 2, 2, 2)
+    exists = torch.ones(1, 2, 2, **ALL)
+    u = torch.tensor([[0.0, 0.4]])
+    words = torch.tensor([[[1.0, 0.0], [0.0, 50.0]]])
+    has_words = torch.tensor([[True, False]])
+    options = {"top_p": 0.9, "max_selected": 1, "temperature": 1.0}
+    targets, mask, indices, mass = select_by_query(candidates, exists, u, words, has_words, **options)
+    # q_0 = ((0, .4) + (1, 0)) / 2 = (.5, .2); q_1 = ((0, .4) + (1, 0)) / 2: the words of span 1 are not there.
+    assert indices.flatten().tolist() == [0, 0] and mask.all()
+    assert targets[0, :, 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    cosines = torch.tensor([0.5, 0.2]) / math.hypot(0.5, 0.2)
+    assert mass[0, 0].item() == pytest.approx(cosines.softmax(0)[0].item())
+
+
+def test_a_missing_span_selects_nothing_and_is_no_previous_one():
+    candidates = torch.eye(2).expand(1, 2, 2, 2)
+    exists = torch.tensor([[[False, False], [True, True]]])
+    options = {"top_p": 0.9, "max_selected": 1, "temperature": 1.0}
+    _, mask, indices, _ = select_by_query(
+        candidates, exists, torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2, 2), torch.zeros(1, 2, **ALL), **options
+    )
+    assert mask.flatten().tolist() == [False, True] and indices[0, 1, 0] == 1
+
+
+def test_baselines():
+    candidates = torch.arange(6.0).view(1, 1, 6, 1)
+    exists = torch.ones(1, 1, 6, **ALL)
+    pooled, mask, _, mass = select_without_query(candidates, exists, method="mean_pool", max_selected=3)
+    assert pooled.flatten().tolist() == [0.5, 2.5, 4.5] and mask.all() and mass.item() == 0.5
+    uniform, _, indices, _ = select_without_query(candidates, exists, method="uniform", max_selected=3)
+    assert indices.flatten().tolist() == [0, 2, 4] and uniform.flatten().tolist() == [0.0, 2.0, 4.0]
+    _, mask, indices, _ = select_without_query(candidates, exists, method="random", max_selected=4)
+    assert len(set(indices.flatten().tolist())) == 4 and mask.all()
+    for method in ("mean_pool", "uniform", "random"):
+        targets, mask, _, _ = select_without_query(candidates, exists, method=method, max_selected=8)
+        assert mask.sum() == 6 and sorted(targets[mask].flatten().tolist()) == [0, 1, 2, 3, 4, 5]
