@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, Features, Image, List, Value
 
-from .frozen_lake import HOLE, MOVES, FrozenLakeMap, sample_maps
+from .frozen_lake import HOLE, MAX_SIZE, MOVES, FrozenLakeMap, sample_maps
 from .frozen_lake_rendering import render_board
 
 
@@ -33,6 +33,14 @@ FEATURES = Features(
         "answer": Value("string"),
     }
 )
+
+
+def vocabulary() -> list[str]:
+    """Texts that hold every word of the tasks, to train a tokenizer on."""
+    cells = "\n".join(f"{a} {b}\n{b}" for letters in ("SFHG", "UDLR-") for a in letters for b in letters)
+    numbers = "\n".join(f"{n} {n}\n{n}" for n in range(MAX_SIZE**2 // 2))
+    moves = " ".join(f"\\boxed{{{a} {b}}} {MOVE_WORDS[a]}{MOVE_WORDS[b]}" for a in MOVES for b in MOVES)
+    return [*PROMPTS.values(), cells, numbers, moves, "\\boxed{A} \\boxed{B} \\boxed{C}"]
 
 
 @dataclass

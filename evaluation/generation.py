@@ -1,6 +1,5 @@
 """Answers of a model to the questions of a data set, in batches, and their scores."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import evaluate
@@ -45,8 +44,6 @@ def generate_answers(model, processor, dataset, *, batch_size=64, desc="Generati
     generate_kwargs = {"do_sample": False, "max_new_tokens": 256, **generate_kwargs}
     model.eval()
     answers = []
-    on_cpu = model.device.type == "cpu" and torch.backends.mkldnn.is_available() and model.dtype == torch.float32
-    precision = torch.autocast("cpu", torch.bfloat16) if on_cpu and generate_kwargs.pop("bf16", False) else nullcontext()
     for start in tqdm(range(0, len(dataset), batch_size), desc=desc):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         inputs = processor.apply_chat_template(
@@ -57,7 +54,6 @@ def generate_answers(model, processor, dataset, *, batch_size=64, desc="Generati
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
-        with precision:
-            output = model.generate(**inputs, **generate_kwargs)
+        output = model.generate(**inputs, **generate_kwargs)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers

@@ -14,6 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from ilvr.hub_cards import ILVRModelCard
+
 from .data_collator import HELPER_PREFIX, LatentDataCollator
 from .data_preparation import HELPER_IMAGES, USER_IMAGES, pack, prepare_dataset, unpack
 from .ilvr_training_config import ILVRTrainingConfig
@@ -316,6 +318,41 @@ class ILVRTrainer(SFTTrainer):
                 tensors["image_features"] = torch.cat(own)
             encoded.append(pack(tensors, dtype))
         return encoded
+
+    def model_card(self, model_name: str | None = None) -> ILVRModelCard:
+        """The card that every saved checkpoint carries; add results and save it again when there are some."""
+        args = self.args
+        training = {
+            "stage": args.stage,
+            "optimizer steps": self.state.global_step,
+            "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning rate": args.learning_rate,
+            "vision tower": "frozen" if args.freeze_vision_tower else "trained",
+            "seed": args.seed,
+        }
+        if args.stage == 1:
+            training |= {
+                "teacher decay": args.teacher_decay,
+                "selection": f"{args.selection_method}, top-p {args.selection_top_p}, tau {args.selection_temperature}",
+                "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment",
+            }
+        base_model = self.model.config.vlm_config._name_or_path or None
+        return ILVRModelCard(
+            model_name=model_name or os.path.basename(os.path.normpath(args.output_dir)),
+            latent_size=self.model.config.latent_size,
+            repo_id=self.hub_model_id,
+            base_model=base_model,
+            training=training if self.state.global_step else None,
+        )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
+        if self.is_world_process_zero():
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            self.model_card(model_name).save(self.args.output_dir)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        self.model_card().save(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

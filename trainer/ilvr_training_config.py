@@ -1,5 +1,6 @@
 """Arguments of `ILVRTrainer`."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -87,7 +88,10 @@ class ILVRTrainingConfig(SFTConfig):
     alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})
 
     def __post_init__(self):
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL sets `gradient_checkpointing`, transformers has renamed it: nothing a user can act on.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+            super().__post_init__()
         if self.stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 (alignment) or 2 (relaxation), got {self.stage}.")
         if self.selection_method not in SELECTION_METHODS:

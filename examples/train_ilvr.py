@@ -1,0 +1,110 @@
+"""Trains, evaluates, saves and reloads an ILVR model: the main job.
+
+    python examples/train_ilvr.py --config examples/recipes/frozen_lake_small.yaml
+    accelerate launch examples/train_ilvr.py --config examples/recipes/qwen2_5_vl_7b.yaml --dataset my/conversations
+
+A recipe without `backbone` builds a small Qwen2.5-VL and teaches it to see first (`base`). Stage 2 continues stage 1;
+`answer_only` continues the same base on answers without traces, for as many steps, as the control.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset, load_from_disk
+from evaluate_frozen_lake import evaluate_frozen_lake
+from small_qwen import build_small_qwen
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data import frozen_lake_dataset
+from ilvr.data.frozen_lake_tasks import vocabulary
+from ilvr.hub_cards import ILVRModelCard
+from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+
+
+@dataclass
+class Recipe:
+    """What is trained on what. Each phase is a dict of `ILVRTrainingConfig` arguments, on top of `training`."""
+
+    output_dir: str = field(default="runs/ilvr", metadata={"help": "Folder of checkpoints, pictures and results."})
+    backbone: str | None = field(default=None, metadata={"help": "Hub id or folder of a vision-language model."})
+    small_backbone: dict = field(default_factory=dict, metadata={"help": "Sizes of the backbone built if none is named."})
+    model_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of from_pretrained."})
+    latent_size: int = field(default=8, metadata={"help": "Latents in a span."})
+    latent_head: str = field(default="identity", metadata={"help": "identity, linear or mlp."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub id or folder of conversations with helper images."})
+    frozen_lake: dict = field(default_factory=dict, metadata={"help": "FrozenLake maps, if there is no dataset."})
+    resume: bool = field(default=False, metadata={"help": "Whether phases go on from their last checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, maps and the order of the data."})
+    training: dict = field(default_factory=dict, metadata={"help": "Training arguments of all phases."})
+    base: dict = field(default_factory=dict, metadata={"help": "The phase that makes a small backbone see."})
+    answer_only: dict = field(default_factory=dict, metadata={"help": "The control without traces."})
+    stage1: dict = field(default_factory=dict, metadata={"help": "Alignment with the momentum teacher."})
+    stage2: dict = field(default_factory=dict, metadata={"help": "Training through the model's own latents."})
+
+
+def load_data(recipe: Recipe, phase: str):
+    """The conversations of a phase, from the recipe's data set or rendered FrozenLake maps."""
+    if recipe.dataset is not None:
+        local = Path(recipe.dataset).is_dir()
+        return load_from_disk(recipe.dataset) if local else load_dataset(recipe.dataset, split="train")
+    tasks = {"base": recipe.frozen_lake["base_tasks"], "answer_only": ["plan"]}.get(phase, ["plan_trace"])
+    maps = recipe.frozen_lake["base_maps" if phase == "base" else "maps"]
+    return frozen_lake_dataset(maps, tasks=tasks, split="train", seed=recipe.seed)
+
+
+def load(recipe: Recipe, phase: str) -> ILVRForConditionalGeneration:
+    return ILVRForConditionalGeneration.from_pretrained(f"{recipe.output_dir}/{phase}", **recipe.model_kwargs)
+
+
+def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
+    """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
+    print(f"\n=== {phase} ===", flush=True)
+    folder = f"{recipe.output_dir}/{phase}"
+    settings = {"stage": 1 if phase == "stage1" else 2, "seed": recipe.seed, **recipe.training, **getattr(recipe, phase)}
+    trainer = ILVRTrainer(
+        model,
+        ILVRTrainingConfig(folder, **settings),
+        train_dataset=load_data(recipe, phase),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if recipe.resume else None)
+    trainer.save_model()
+    trainer.save_state()
+    return trainer.model_card()
+
+
+def start(recipe: Recipe):
+    """The model and processor that training starts from."""
+    backbone = recipe.backbone
+    if backbone is None:
+        backbone = f"{recipe.output_dir}/backbone"
+        torch.manual_seed(recipe.seed)
+        build_small_qwen(backbone, vocabulary(), **recipe.small_backbone)
+    options = {"latent_size": recipe.latent_size}
+    processor = ILVRProcessor.from_backbone(backbone, **options)
+    options |= {"latent_head": recipe.latent_head, **recipe.model_kwargs}
+    return ILVRForConditionalGeneration.from_backbone(backbone, **options), processor
+
+
+def main(recipe: Recipe):
+    model, processor = start(recipe)
+    cards = {}
+    if recipe.base:
+        # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
+        model.vlm.model.visual.patch_embed.requires_grad_(False)
+        cards["base"] = train(recipe, "base", model, processor)
+        model = load(recipe, "base")
+    if recipe.answer_only:
+        recipe.answer_only["max_steps"] = recipe.stage1["max_steps"] + recipe.stage2["max_steps"]
+        cards["answer_only"] = train(recipe, "answer_only", load(recipe, "base"), processor)
+    cards["stage1"] = train(recipe, "stage1", model, processor)
+    cards["stage2"] = train(recipe, "stage2", load(recipe, "stage1"), processor)
+    if recipe.frozen_lake:
+        evaluate_frozen_lake(cards, processor, recipe)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((Recipe,)).parse_args_and_config())
