@@ -68,16 +68,21 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, na
     """Checks and tokenizes one conversation, see [`prepare_dataset`]."""
     where = f"Sample {index} of the {name} data"
     messages = sample["messages"] if "messages" in sample else [*sample["prompt"], *sample["completion"]]
-    images = [open_image(image, f"{where}, image {i}") for i, image in enumerate(sample.get("images") or [])]
-    messages, user_order, helper_order = distribute_images(messages, images, where)
+    user_order, helper_order = assign_images(messages, len(sample.get("images") or []), where)
     if stage == 1 and not helper_order:
         raise ValueError(
             f"{where} has no image in an assistant turn, so stage 1 has nothing to align its latents with. Add helper "
             "images, or train it in stage 2."
         )
+    used = user_order + (helper_order if stage == 1 else [])  # stage 2 does not look at helper images
+    images = {i: open_image(sample["images"][i], f"{where}, image {i}") for i in used}
     try:
         encoded = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+            fill_in(messages, [images[i] for i in user_order]),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -90,7 +95,7 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, na
             "cut could fall into a latent span or an image: raise max_length, shrink the images or leave the sample out."
         )
     prepared = {"input_ids": input_ids.tolist(), "assistant_mask": assistant_mask.bool().tolist()}
-    for column, order in ((USER_IMAGES, user_order), (HELPER_IMAGES, helper_order)):
+    for column, order in ((USER_IMAGES, user_order), (HELPER_IMAGES, helper_order if stage == 1 else [])):
         if keep_pixels is None:
             prepared[column] = [sample["images"][i] for i in order]
         else:
@@ -116,34 +121,29 @@ def open_image(image, where: str) -> PILImage.Image:
         raise ValueError(f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it.") from error
 
 
-def distribute_images(messages, images, where: str):
-    """Puts the images into the image parts, in order, and tells user images from helper images.
-
-    Returns:
-        `tuple`: the messages with images, and the indices of the images of user turns and of assistant turns.
-    """
-    num_parts = sum(
-        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
-    )
-    if num_parts != len(images):
+def assign_images(messages: list[dict], num_images: int, where: str) -> tuple[list[int], list[int]]:
+    """Which images, by their number, belong to user turns, and which to assistant turns (helper images)."""
+    parts = [(m["role"], p["type"]) for m in messages if not isinstance(m["content"], str) for p in m["content"]]
+    roles = [role for role, kind in parts if kind == "image"]
+    if len(roles) != num_images:
         raise ValueError(
-            f"{where} has {num_parts} image parts in its messages but {len(images)} images. Each image needs one part "
+            f"{where} has {len(roles)} image parts in its messages but {num_images} images. Each image needs one part "
             "{'type': 'image'}, in the same order."
         )
-    user_order, helper_order, filled = [], [], []
+    is_helper = [role == "assistant" for role in roles]
+    return [i for i, helper in enumerate(is_helper) if not helper], [i for i, helper in enumerate(is_helper) if helper]
+
+
+def fill_in(messages: list[dict], user_images: list) -> list[dict]:
+    """The messages with the images of the user's turns in their parts; those of the assistant's become latent spans."""
+    remaining = iter(user_images)
+    filled = []
     for message in messages:
         content = message["content"]
-        if not isinstance(content, str):
-            parts = []
-            for part in content:
-                if part["type"] == "image":
-                    number = len(user_order) + len(helper_order)
-                    (helper_order if message["role"] == "assistant" else user_order).append(number)
-                    part = {"type": "image", "image": images[number]}
-                parts.append(part)
-            content = parts
+        if message["role"] != "assistant" and not isinstance(content, str):
+            content = [{**part, "image": next(remaining)} if part["type"] == "image" else part for part in content]
         filled.append({**message, "content": content})
-    return filled, user_order, helper_order
+    return filled
 
 
 def process_images(images: list, processor) -> dict[str, torch.Tensor]:
