@@ -96,7 +96,7 @@ class FrozenLakeMap:
         return found
 
     def best_moves(self, cell: Cell) -> list[str]:
-        """The moves that bring the player closer to the goal; none on the goal, in a hole or where it is out of reach."""
+        """The moves that bring the player closer to the goal; none on the goal or where it is out of reach."""
         distance = self.distances.get(cell)
         if distance is None:
             return []
@@ -166,7 +166,7 @@ def sample_maps(num_maps: int, *, size: int, split: str, seed: int, max_hole_fra
         tries += 1
         if tries > 1000 + 400 * num_maps:
             raise ValueError(
-                f"Found only {len(maps)} of {num_maps} distinct {size}x{size} maps for the {split} split after {tries} "
+                f"Found only {len(maps)} of {num_maps} distinct {size}x{size} maps of the {split} split in {tries} "
                 f"draws. Ask for fewer maps or raise max_hole_fraction (now {max_hole_fraction})."
             )
     return list(maps)

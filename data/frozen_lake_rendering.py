@@ -17,7 +17,9 @@ CELL_PIXELS = 64
 _GYMNASIUM_ACTIONS = {"L": 0, "D": 1, "R": 2, "U": 3}
 
 
-def render_with_gymnasium(board: FrozenLakeMap, player: Cell | None = None, last_move: str | None = None) -> np.ndarray:
+def render_with_gymnasium(
+    board: FrozenLakeMap, player: Cell | None = None, last_move: str | None = None
+) -> np.ndarray:
     """What gymnasium's FrozenLake draws, shape (64 * size, 64 * size, 3), uint8, without a display or sound device."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")

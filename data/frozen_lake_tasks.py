@@ -14,7 +14,6 @@ from .frozen_lake import HOLE, MAX_SIZE, MOVES, FrozenLakeMap, sample_maps
 from .frozen_lake_rendering import render_board
 
 
-MOVE_WORDS = {"U": "Up", "D": "Down", "L": "Left", "R": "Right"}
 OUTCOMES = {"goal": "A", "hole": "B", "neither": "C"}
 PROMPTS = {
     "describe": "Describe the board.",
@@ -26,7 +25,9 @@ PROMPTS = {
 }
 FEATURES = Features(
     {
-        "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
         "images": List(Image()),
         "task": Value("string"),
         "board": List(Value("string")),
@@ -39,7 +40,7 @@ def vocabulary() -> list[str]:
     """Texts that hold every word of the tasks, to train a tokenizer on."""
     cells = "\n".join(f"{a} {b}\n{b}" for letters in ("SFHG", "UDLR-") for a in letters for b in letters)
     numbers = "\n".join(f"{n} {n}\n{n}" for n in range(MAX_SIZE**2 // 2))
-    moves = " ".join(f"\\boxed{{{a} {b}}} {MOVE_WORDS[a]}{MOVE_WORDS[b]}" for a in MOVES for b in MOVES)
+    moves = " ".join(f"\\boxed{{{a} {b}}}" for a in MOVES for b in MOVES)
     return [*PROMPTS.values(), cells, numbers, moves, "\\boxed{A} \\boxed{B} \\boxed{C}"]
 
 
@@ -59,7 +60,7 @@ class Trace:
 
 
 def _png(image) -> dict:
-    """An encoded image as `datasets` stores it; level 1 takes half the time of PNG's default and a third more space."""
+    """An encoded image as `datasets` stores it; level 1 takes half the time of the default, a third more space."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
@@ -71,9 +72,9 @@ def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict:
     Args:
         board (`FrozenLakeMap`): the map; its goal can be reached.
         task (`str`): `describe` (the letters of the cells), `distances` (moves to the goal from each cell), `moves`
-            (a best move from each cell), `plan` (a shortest path, answered directly), `plan_trace` (the same, with the board after each move as helper image) or
-            `outcome` (what a given plan leads to, likewise with helper images). Several, joined by `+`, are asked one
-            after the other about the same picture.
+            (a best move from each cell), `plan` (a shortest path, answered directly), `plan_trace` (the same, with the
+            board after each move as helper image) or `outcome` (what a given plan leads to, likewise with helper
+            images). Several, joined by `+`, are asked one after the other about the same picture.
         rng (`random.Random`): breaks ties between shortest paths and draws the plans of `outcome`.
 
     Returns:
@@ -120,7 +121,7 @@ def _answer(board: FrozenLakeMap, task: str, rng: random.Random, trace: Trace) -
 
 def _append_walk(trace: Trace, board: FrozenLakeMap, plan: str):
     for move, cell in zip(plan, board.walk(plan)[1:]):
-        trace.text(MOVE_WORDS[move])
+        trace.text(f" {move}")  # the token that the answer has
         trace.image(render_board(board, cell, move))
 
 

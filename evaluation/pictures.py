@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from ilvr.data import FrozenLakeMap, render_board
-from ilvr.data.frozen_lake_tasks import MOVE_WORDS
+from ilvr.data.frozen_lake import MOVES
 
 from .generation import prompt_of
 
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 @torch.inference_mode()
@@ -35,7 +35,9 @@ def cell_similarity(model, processor, image, latents) -> np.ndarray:
     features = model.get_image_features(**inputs, return_dict=True).pooler_output[0].float()  # (N, D)
     size = int(len(features) ** 0.5)
     centre = features.mean(0)
-    similarity = torch.cosine_similarity((latents.float() - centre).unsqueeze(1), (features - centre).unsqueeze(0), dim=-1)
+    similarity = torch.cosine_similarity(
+        (latents.float() - centre).unsqueeze(1), (features - centre).unsqueeze(0), dim=-1
+    )
     return similarity.view(-1, size, size).cpu().numpy()
 
 
@@ -68,8 +70,7 @@ def draw_latents(model, processor, dataset, path: str | Path, *, max_spans: int 
         board = FrozenLakeMap(tuple(sample["board"]))
         row[0].imshow(render_board(board))
         row[0].set_title("".join(re.findall(r"\\boxed\{.*\}", answer)) or "no answer", fontsize=8)
-        letters = {word: letter for letter, word in MOVE_WORDS.items()}
-        moves = [letters[word] for word in re.findall("|".join(letters), answer.split("\\boxed")[0])]
+        moves = [letter for letter in answer.split("\\boxed")[0] if letter in MOVES]
         cell = board.start
         for axis, move, latents in zip(row[1:], moves, output.latents[0]):
             cell = board.step(cell, move)
@@ -82,8 +83,10 @@ def draw_latents(model, processor, dataset, path: str | Path, *, max_spans: int 
                 top, left = np.unravel_index(scores.argmax(), scores.shape)
                 side = pixels / len(scores)
                 offset = (number + 0.5) / len(similarity)
-                axis.text((left + offset) * side, (top + 0.5) * side, str(number + 1), color="white", fontsize=8, ha="center")
-            axis.set_title(MOVE_WORDS[move], fontsize=8)
+                axis.text(
+                    (left + offset) * side, (top + 0.5) * side, str(number + 1), color="white", fontsize=8, ha="center"
+                )
+            axis.set_title(move, fontsize=8)
     figure.suptitle("Board and plan, then after each move: which cells the latents of that span resemble", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""What the FrozenLake recipes report: accuracy on held-out maps, a reload in a fresh process, a picture, model cards."""
+"""What the FrozenLake recipes report: accuracy on held-out maps, a reload elsewhere, a picture, model cards."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ RELOAD_CHECK = Path(__file__).parent / "generate_answers.py"
 
 
 def evaluate_frozen_lake(cards: dict[str, ILVRModelCard], processor, recipe) -> dict:
-    """Scores the checkpoints on the same test maps; writes `results.json`, `results.md`, their cards and `latents.png`.
+    """Scores the checkpoints on the same test maps; writes results, cards and `latents.png`.
 
     Args:
         cards (`dict`): by phase; the folders of `stage1` and `stage2` hold models that answer step by step, the others
@@ -29,7 +29,8 @@ def evaluate_frozen_lake(cards: dict[str, ILVRModelCard], processor, recipe) -> 
     sizes = settings["test_maps"]
     metric = load_metric("frozen_lake")
     tests = {
-        task: frozen_lake_dataset(sizes, tasks=[task], split="test", seed=recipe.seed) for task in ("plan", "plan_trace")
+        task: frozen_lake_dataset(sizes, tasks=[task], split="test", seed=recipe.seed)
+        for task in ("plan", "plan_trace")
     }
     results = {}
     for name, card in cards.items():

@@ -1,6 +1,6 @@
-"""Answers the questions of a data set with a checkpoint, as a user of the Hub would: with transformers, without `ilvr`.
+"""Answers the questions of a data set with a checkpoint, as a user of the Hub would: without `ilvr` installed.
 
-    python examples/generate_answers.py CHECKPOINT DATASET OUTPUT.json
+python examples/generate_answers.py CHECKPOINT DATASET OUTPUT.json
 """
 
 import json

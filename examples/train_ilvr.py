@@ -30,11 +30,15 @@ class Recipe:
 
     output_dir: str = field(default="runs/ilvr", metadata={"help": "Folder of checkpoints, pictures and results."})
     backbone: str | None = field(default=None, metadata={"help": "Hub id or folder of a vision-language model."})
-    small_backbone: dict = field(default_factory=dict, metadata={"help": "Sizes of the backbone built if none is named."})
+    small_backbone: dict = field(
+        default_factory=dict, metadata={"help": "Sizes of the backbone built if none is named."}
+    )
     model_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of from_pretrained."})
     latent_size: int = field(default=8, metadata={"help": "Latents in a span."})
     latent_head: str = field(default="identity", metadata={"help": "identity, linear or mlp."})
-    dataset: str | None = field(default=None, metadata={"help": "Hub id or folder of conversations with helper images."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of conversations with helper images."}
+    )
     frozen_lake: dict = field(default_factory=dict, metadata={"help": "FrozenLake maps, if there is no dataset."})
     resume: bool = field(default=False, metadata={"help": "Whether phases go on from their last checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, maps and the order of the data."})
@@ -63,7 +67,12 @@ def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
     """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
     print(f"\n=== {phase} ===", flush=True)
     folder = f"{recipe.output_dir}/{phase}"
-    settings = {"stage": 1 if phase == "stage1" else 2, "seed": recipe.seed, **recipe.training, **getattr(recipe, phase)}
+    settings = {
+        "stage": 1 if phase == "stage1" else 2,
+        "seed": recipe.seed,
+        **recipe.training,
+        **getattr(recipe, phase),
+    }
     trainer = ILVRTrainer(
         model,
         ILVRTrainingConfig(folder, **settings),

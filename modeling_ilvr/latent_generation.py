@@ -111,7 +111,9 @@ class LatentGenerationMixin:
         prompt_length = sequences.shape[1] - (len(outputs.scores) if outputs.get("scores") else 0)
         latents = []
         for row, ids in enumerate(sequences):
-            columns = [c for c in (ids == self.config.latent_pad_token_id).nonzero().flatten().tolist() if c in history]
+            columns = [
+                c for c in (ids == self.config.latent_pad_token_id).nonzero().flatten().tolist() if c in history
+            ]
             found = []
             for column in columns[: len(columns) // size * size]:
                 source = row
@@ -120,7 +122,9 @@ class LatentGenerationMixin:
                     source = int(beam_indices[row, column + 1 - prompt_length])
                 found.append(history[column][source])
             hidden_size = self.config.get_text_config().hidden_size
-            latents.append(torch.stack(found).view(-1, size, hidden_size) if found else ids.new_zeros(0, size, hidden_size))
+            latents.append(
+                torch.stack(found).view(-1, size, hidden_size) if found else ids.new_zeros(0, size, hidden_size)
+            )
         return latents
 
     def _get_logits_processor(self, *args, **kwargs):

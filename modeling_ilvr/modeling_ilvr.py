@@ -222,7 +222,9 @@ class ILVRModel(ILVRPreTrainedModel):
     def _forced(self, input_ids, pads, latent_values, latent_mask, **inputs) -> ILVRModelOutput:
         batch_size, num_spans, size, hidden_size = latent_values.shape
         if size != self.config.latent_size:
-            raise ValueError(f"latent_values holds {size} latents a span; the model's latent_size is {self.config.latent_size}.")
+            raise ValueError(
+                f"latent_values holds {size} latents a span; the model's latent_size is {self.config.latent_size}."
+            )
         if latent_mask is None:
             latent_mask = torch.ones(latent_values.shape[:3], dtype=torch.bool, device=latent_values.device)
         embeds = scatter_spans(self.get_input_embeddings()(input_ids), pads, latent_values, latent_mask)

@@ -1,4 +1,4 @@
-"""Processor of an ILVR model: the backbone's own processing of images and text, and latent spans in the chat template."""
+"""Processor of an ILVR model: the backbone's processing of images and text, and latent spans in the template."""
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
@@ -53,7 +53,9 @@ class ILVRProcessor(ProcessorMixin):
         backbone_processor (`dict`, *optional*): `processor_class` of the backbone and its further arguments.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, latent_size=8, backbone_processor=None):
+    def __init__(
+        self, image_processor=None, tokenizer=None, chat_template=None, latent_size=8, backbone_processor=None
+    ):
         self.latent_size = latent_size
         self.backbone_processor = backbone_processor or {"processor_class": "Qwen2_5_VLProcessor"}
         arguments = dict(self.backbone_processor)
@@ -113,7 +115,7 @@ class ILVRProcessor(ProcessorMixin):
         return self._backbone(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As [`~transformers.ProcessorMixin.apply_chat_template`]; an image in an assistant turn becomes a latent span.
+        """As [`~transformers.ProcessorMixin.apply_chat_template`]; an assistant's image becomes a latent span.
 
         The pixels of such a helper image are not model inputs and are left out.
 
@@ -141,8 +143,8 @@ def _checked_message(message: dict) -> dict:
         found = [token for token in LATENT_TOKENS if token in (part.get("text") or "")]
         if found:
             raise ValueError(
-                f"The {message['role']} text {part['text'][:80]!r} holds {found[0]}. Latent tokens are made from images "
-                "in assistant turns; remove them from the text."
+                f"The {message['role']} text {part['text'][:80]!r} holds {found[0]}. Latent tokens are made from "
+                "images in assistant turns; remove them from the text."
             )
         is_helper = message["role"] == "assistant" and part["type"] == "image"
         parts.append({"type": "image"} if is_helper else part)

@@ -8,13 +8,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from small_qwen import build_small_qwen  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import pytest
+import torch
+from PIL import Image
+from small_qwen import build_small_qwen
+from transformers.utils import logging
 
-from ilvr import ILVRForConditionalGeneration, ILVRProcessor  # noqa: E402
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 
 
 LATENT_SIZE = 3
@@ -29,9 +29,7 @@ def backbone_dir(tmp_path_factory):
     """A saved random Qwen2.5-VL: hidden 32, 2 text layers and 1 vision layer, 16 pixels a visual token."""
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
-    build_small_qwen(
-        folder, TEXTS, hidden_size=32, num_layers=2, vision_hidden_size=32, vision_layers=1, patch_size=8
-    )
+    build_small_qwen(folder, TEXTS, hidden_size=32, num_layers=2, vision_hidden_size=32, vision_layers=1, patch_size=8)
     return folder
 
 

@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         body, repos = self._body(), self.server.repos
         if self.path == "/api/repos/create":
             request = json.loads(body)
@@ -84,10 +84,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply({"commitUrl": url, "commitOid": sha, "success": True})
         return self._missing("EntryNotFound")
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         repos, path = self.server.repos, self.path.split("?")[0]
         if path == "/api/whoami-v2":
-            return self._reply({"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+            return self._reply(
+                {"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+            )
         if match := re.fullmatch(r"/api/models/(.+?)/tree/[^/]+(/.*)?", path):
             files = repos.get(match[1])
             if files is None:
@@ -101,7 +103,13 @@ class _Handler(BaseHTTPRequestHandler):
             if match[1] not in repos:
                 return self._missing("RepoNotFound")
             siblings = [{"rfilename": name} for name in repos[match[1]]]
-            info = {"id": match[1], "sha": self.server.sha(match[1]), "private": False, "siblings": siblings, "tags": []}
+            info = {
+                "id": match[1],
+                "sha": self.server.sha(match[1]),
+                "private": False,
+                "siblings": siblings,
+                "tags": [],
+            }
             return self._reply(info)
         if match := re.fullmatch(r"/(.+?)/resolve/[^/]+/(.+)", path):
             files = repos.get(match[1])

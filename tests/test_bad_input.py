@@ -17,7 +17,9 @@ GOOD = make_sample(["Right", "Up"])
 def start_training(model, processor, samples, folder, **kwargs):
     """What a user does; fails before `train()` if it fails as it should."""
     dataset = Dataset.from_list(samples).cast_column("images", List(Image()))
-    args = ILVRTrainingConfig(str(folder), **{"stage": 1, "bf16": False, "report_to": "none", "use_cpu": True, **kwargs})
+    args = ILVRTrainingConfig(
+        str(folder), **{"stage": 1, "bf16": False, "report_to": "none", "use_cpu": True, **kwargs}
+    )
     return ILVRTrainer(model, args, train_dataset=dataset, processing_class=processor)
 
 
@@ -32,7 +34,9 @@ def test_the_good_sample_is_good(model, processor, tmp_path):
 def test_missing_image_file(model, processor, tmp_path):
     features = Features(
         {
-            "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+            "messages": List(
+                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+            ),
             "images": List(Image(decode=False)),
         }
     )
@@ -46,7 +50,9 @@ def test_missing_image_file(model, processor, tmp_path):
 def test_corrupt_image(model, processor, tmp_path):
     features = Features(
         {
-            "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+            "messages": List(
+                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+            ),
             "images": List(Image(decode=False)),
         }
     )

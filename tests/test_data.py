@@ -125,7 +125,9 @@ def test_conversations():
     sample = conversation(board, "plan_trace", random.Random(0))
     parts = sample["messages"][1]["content"]
     moves = [part["text"] for part in parts if part["type"] == "text"]
-    assert len(sample["images"]) == 1 + len(moves) - 1 and moves[0] == "Right"
+    assert len(sample["images"]) == 1 + len(moves) - 1 and moves[:4] == [
+        f" {move}" for move in sample["answer"].split()
+    ]
     assert moves[-1] == "\\boxed{" + sample["answer"] + "}" and len(sample["answer"].split()) == 4
     several = conversation(board, "plan+moves+describe+distances", random.Random(0))
     assert len(several["images"]) == 1 and len(several["messages"]) == 8

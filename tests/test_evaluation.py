@@ -1,8 +1,9 @@
 """Metric, answers and pictures."""
 
+from statistics import NormalDist
+
 import pytest
 from PIL import Image
-from statistics import NormalDist
 
 from ilvr.data import frozen_lake_dataset
 from ilvr.evaluation import draw_latents, generate_answers, load_metric

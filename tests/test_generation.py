@@ -103,9 +103,7 @@ def test_output_latents_are_the_models_own(model, inputs, num_beams):
 
 def test_beam_scores_equal_the_log_probabilities_of_the_words(model, inputs):
     """Forced ids count 0, and a beam keeps its own latents when beams are reordered."""
-    output = run(
-        model, inputs, num_beams=3, return_dict_in_generate=True, output_scores=True, length_penalty=0.0
-    )
+    output = run(model, inputs, num_beams=3, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
     width = inputs["input_ids"].shape[1]
     whole = {**inputs, "input_ids": output.sequences}
     whole["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(3, LENGTH, dtype=torch.long)], 1)

@@ -26,7 +26,10 @@ def test_card_of_measured_results():
         results=[Result("FrozenLake planning 3x3", "end_on_goal", 0.815, 400, 0.774, 0.85), Result("x", "y", 0.5, 2)],
     ).render()
     assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct"
-    assert "| FrozenLake planning 3x3 | end_on_goal | 81.5 % | 77.4 – 85.0 % | 400 |\n| x | y | 50.0 % |  | 2 |" in card.text
+    assert (
+        "| FrozenLake planning 3x3 | end_on_goal | 81.5 % | 77.4 – 85.0 % | 400 |\n| x | y | 50.0 % |  | 2 |"
+        in card.text
+    )
     assert "| learning rate | 1e-05 |" in card.text and '"lab/ilvr-7b", trust_remote_code=True' in card.text
     matter = front_matter(str(card))
     assert matter["pipeline_tag"] == "image-text-to-text" and matter["license"] == "apache-2.0"
@@ -49,9 +52,7 @@ def test_every_checkpoint_has_a_card_and_its_code_runs(model, processor, tmp_pat
     make_sample(["x"])["images"][0].save(tmp_path / "picture.png")
     code = code.replace("max_new_tokens=256", "max_new_tokens=4").replace('"run"', repr(str(tmp_path / "run")))
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "assistant" in done.stdout
 
@@ -72,7 +73,7 @@ def run_clean(script: str, url: str, home) -> str:
 
 
 def test_push_and_load_by_repo_id(model, processor, tmp_path):
-    """Model, processor and card go up with `push_to_hub`; a process without `ilvr` loads them by the repository's id."""
+    """Model, processor and card go up with `push_to_hub`; a process without `ilvr` loads them by repository id."""
     trainer = make_trainer(model, processor, tmp_path / "saved", max_steps=1)
     trainer.train()
     trainer.save_model()
@@ -95,7 +96,13 @@ ModelCard.load(folder + "/README.md").push_to_hub("user/tiny-ilvr")
             tmp_path / "pusher",
         )
         files = server.repos["user/tiny-ilvr"]
-        assert {"model.safetensors", "config.json", "modeling_ilvr.py", "processing_ilvr.py", "README.md"} <= files.keys()
+        assert {
+            "model.safetensors",
+            "config.json",
+            "modeling_ilvr.py",
+            "processing_ilvr.py",
+            "README.md",
+        } <= files.keys()
         assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
         assert b"latent visual" in files["README.md"]
         out = run_clean(

@@ -10,7 +10,9 @@ from ilvr.trainer.losses import alignment_loss, mean_pairwise_cosine, token_loss
 
 def test_alignment_is_a_mean_of_sample_means():
     """Sample 0 has one target at cosine 0, sample 1 two at cosine 1 and 0.6, sample 2 none."""
-    predicted = torch.tensor([[[1.0, 0.0], [5.0, 5.0]], [[2.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]]).unsqueeze(1)
+    predicted = torch.tensor([[[1.0, 0.0], [5.0, 5.0]], [[2.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]]).unsqueeze(
+        1
+    )
     targets = torch.tensor([[[0.0, 3.0], [9.0, 9.0]], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]]).unsqueeze(1)
     mask = torch.tensor([[True, False], [True, True], [False, False]]).unsqueeze(1)
     loss, cosine = alignment_loss(predicted, targets, mask)

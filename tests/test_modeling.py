@@ -118,7 +118,10 @@ def test_later_image_in_the_sequence(model, processor):
     """A second user turn with an image comes after the first span, and so in a later chunk of the walk."""
     first, second = SAMPLES
     turns = [
-        {"role": "user", "content": [{"type": "image", "image": first["images"][0]}, {"type": "text", "text": "Plan"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": first["images"][0]}, {"type": "text", "text": "Plan"}],
+        },
         first["messages"][1],
         {"role": "user", "content": [{"type": "image", "image": first["images"][1]}, {"type": "text", "text": "Up"}]},
         second["messages"][1],

@@ -16,7 +16,7 @@ from ilvr.trainer.selection import (
 )
 
 
-ALL = dict(dtype=torch.bool)
+ALL = {"dtype": torch.bool}
 
 
 def test_masked_mean():

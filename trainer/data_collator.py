@@ -19,8 +19,8 @@ def align_spans(rows: list[list[int]], start_id: int) -> list[list[int]]:
     """Lays out token rows so that the s-th latent span of each row starts in the same column.
 
     A row is cut before each `<|latent_start|>` and each piece is padded to the longest of its number: the first one,
-    the prompt, on the left, the others on the right. The walk through latent spans then makes K cuts a span, and not up
-    to B * K.
+    the prompt, on the left, the others on the right. The walk through latent spans then makes K cuts a span, and not
+    up to B * K.
 
     Args:
         rows (`list[list[int]]`): token ids.
@@ -48,16 +48,16 @@ class LatentDataCollator(DataCollatorMixin):
     """Collates samples prepared by [`prepare_dataset`].
 
     Since a batch can have padding between the words of a row, `shift_labels` says at each column what the next *token*
-    is, whatever its column: position t predicts `shift_labels[:, t]`. There is no loss on prompts and latents. `labels`
-    are the same in the tokens' own columns; `Trainer` wants them beside `shift_labels`.
+    is, whatever its column: position t predicts `shift_labels[:, t]`. There is no loss on prompts and latents.
+    `labels` are the same in the tokens' own columns; `Trainer` wants them beside `shift_labels`.
 
     Args:
         processor ([`ILVRProcessor`]).
         pad_to_multiple_of (`int`, *optional*): pads the length of the batch further, on the right.
 
     Returns:
-        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids` where the
-        backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of the
+        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids`, if
+        the backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of the
         helper images; or `image_features`, `image_lengths` in place of pixels where they were computed before.
     """
 

@@ -91,8 +91,8 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, na
         raise ValueError(f"{where} has no words of the assistant to learn from.")
     if max_length is not None and len(input_ids) > max_length:
         raise ValueError(
-            f"{where} has {len(input_ids)} tokens, more than max_length={max_length}. A sequence is never cut, for the "
-            "cut could fall into a latent span or an image: raise max_length, shrink the images or leave the sample out."
+            f"{where} has {len(input_ids)} tokens, more than max_length={max_length}. A sequence is never cut, for "
+            "the cut could fall into a latent span or an image: raise max_length, shrink the images or leave it out."
         )
     prepared = {"input_ids": input_ids.tolist(), "assistant_mask": assistant_mask.bool().tolist()}
     for column, order in ((USER_IMAGES, user_order), (HELPER_IMAGES, helper_order if stage == 1 else [])):
@@ -118,7 +118,9 @@ def open_image(image, where: str) -> PILImage.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{where}: there is no file {source}. Correct the path or leave the sample out.") from error
     except (OSError, AttributeError, PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise ValueError(f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it.") from error
+        raise ValueError(
+            f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it."
+        ) from error
 
 
 def assign_images(messages: list[dict], num_images: int, where: str) -> tuple[list[int], list[int]]:
@@ -135,7 +137,7 @@ def assign_images(messages: list[dict], num_images: int, where: str) -> tuple[li
 
 
 def fill_in(messages: list[dict], user_images: list) -> list[dict]:
-    """The messages with the images of the user's turns in their parts; those of the assistant's become latent spans."""
+    """The messages with the images of the user's turns in their parts; the assistant's become latent spans."""
     remaining = iter(user_images)
     filled = []
     for message in messages:

@@ -57,7 +57,8 @@ class ILVRTrainer(SFTTrainer):
 
     >>> model = ILVRForConditionalGeneration.from_backbone("Qwen/Qwen2.5-VL-7B-Instruct", latent_size=8)
     >>> processor = ILVRProcessor.from_backbone("Qwen/Qwen2.5-VL-7B-Instruct", latent_size=8)
-    >>> trainer = ILVRTrainer(model, ILVRTrainingConfig("out", stage=1), train_dataset=dataset, processing_class=processor)
+    >>> args = ILVRTrainingConfig("out", stage=1)
+    >>> trainer = ILVRTrainer(model, args, train_dataset=dataset, processing_class=processor)
     >>> trainer.train()
     ```
     """
@@ -66,7 +67,15 @@ class ILVRTrainer(SFTTrainer):
     _name = "ILVR"
 
     def __init__(
-        self, model, args=None, *, train_dataset=None, eval_dataset=None, processing_class=None, callbacks=None, **kwargs
+        self,
+        model,
+        args=None,
+        *,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks=None,
+        **kwargs,
     ):
         args = args or ILVRTrainingConfig("ilvr-output")
         if isinstance(model, str):
@@ -79,11 +88,7 @@ class ILVRTrainer(SFTTrainer):
             processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
         _check_agreement(model, processing_class)
         if args.freeze_vision_tower:
-            decoder = {id(p) for p in model.model.core.get_decoder().parameters()}
-            for parameter in model.model.core.parameters():
-                if id(parameter) not in decoder:
-                    parameter.requires_grad_(False)
-
+            freeze_vision_tower(model)
         keep_pixels = (torch.bfloat16 if args.bf16 else torch.float32) if args.cache_images else None
         preparation = {
             "processor": processing_class,
@@ -273,13 +278,13 @@ class ILVRTrainer(SFTTrainer):
             similarity = self._metrics["train"].get("target_similarity")
             if similarity and sum(similarity) / len(similarity) > 0.99:
                 logger.warning_once(
-                    "The targets of the alignment loss are nearly all alike (mean cosine above 0.99): a cosine loss is "
-                    "then satisfied by their common direction. Freeze the vision tower if it is trained, and check that "
-                    "the backbone can tell the helper images apart."
+                    "The targets of the alignment loss are nearly all alike (mean cosine above 0.99): a cosine loss "
+                    "is then satisfied by their common direction. Freeze the vision tower if it is trained, and check "
+                    "that the backbone can tell the helper images apart."
                 )
         super().log(logs, start_time)
 
-    # ------------------------------------------------------------------------------------------ caching, saving, resume
+    # ----------------------------------------------------------------------------------------- caching, saving, resume
 
     def _cache_features(self, dataset):
         """Replaces pixels by the output of the frozen vision tower, once for each image."""
@@ -333,7 +338,8 @@ class ILVRTrainer(SFTTrainer):
         if args.stage == 1:
             training |= {
                 "teacher decay": args.teacher_decay,
-                "selection": f"{args.selection_method}, top-p {args.selection_top_p}, tau {args.selection_temperature}",
+                "selection": args.selection_method
+                + f", top-p {args.selection_top_p}, tau {args.selection_temperature}",
                 "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment",
             }
         base_model = self.model.config.vlm_config._name_or_path or None
@@ -366,12 +372,21 @@ class ILVRTrainer(SFTTrainer):
             self.teacher.load(resume_from_checkpoint)
 
 
+def freeze_vision_tower(model):
+    """Freezes everything of the backbone that is not its text decoder or language-model head: tower and merger."""
+    core = model.model.core
+    decoder = {id(parameter) for parameter in core.get_decoder().parameters()}
+    for parameter in core.parameters():
+        if id(parameter) not in decoder:
+            parameter.requires_grad_(False)
+
+
 def _check_agreement(model, processor):
     config = model.config
     if config.latent_size != processor.latent_size:
         raise ValueError(
-            f"The model's latent_size is {config.latent_size}, the processor's {processor.latent_size}. Build both with "
-            "the same latent_size."
+            f"The model's latent_size is {config.latent_size}, the processor's {processor.latent_size}. Build both "
+            "with the same latent_size."
         )
     ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
     if ids != processor.latent_token_ids:

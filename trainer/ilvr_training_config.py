@@ -31,7 +31,7 @@ class ILVRTrainingConfig(SFTConfig):
         teacher_decay (`float`, *optional*, defaults to 0.999):
             Momentum of the teacher.
         selection_method (`str`, *optional*, defaults to `"query_top_p"`):
-            How targets are selected: `"query_top_p"` (the paper), `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
+            How targets are selected: `"query_top_p"` (paper), `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
         selection_top_p (`float`, *optional*, defaults to 0.9):
             Probability mass that the selected features hold.
         selection_temperature (`float`, *optional*, defaults to 0.05):
@@ -69,7 +69,9 @@ class ILVRTrainingConfig(SFTConfig):
     )
 
     stage: int = field(default=1, metadata={"help": "1: alignment with a momentum teacher. 2: own latents, CE only."})
-    freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether the vision tower and merger are frozen."})
+    freeze_vision_tower: bool = field(
+        default=True, metadata={"help": "Whether the vision tower and merger are frozen."}
+    )
     cache_images: bool = field(
         default=False, metadata={"help": "Whether to process each image once and keep the result."}
     )

@@ -1,7 +1,10 @@
-"""The parts of the ILVR loss. Pure functions. Shapes: B batch, T sequence, S spans, K latents, D hidden, V vocabulary."""
+"""The parts of the ILVR loss. Pure functions.
+
+Shapes: B batch, T sequence, S spans, K latents a span, D hidden, V vocabulary.
+"""
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 
 def alignment_loss(predicted_latents, targets, target_mask, *, noise_std=0.0):
@@ -19,12 +22,12 @@ def alignment_loss(predicted_latents, targets, target_mask, *, noise_std=0.0):
     """
     predicted, targets = predicted_latents.float(), targets.float()
     noisy = targets + noise_std * torch.randn_like(targets) if noise_std else targets
-    per_latent = 1 - torch.cosine_similarity(predicted, noisy, dim=-1)  # (B, S, K)
+    per_latent = 1 - cosine_similarity(predicted, noisy, dim=-1)  # (B, S, K)
     counts = target_mask.sum((1, 2))
     per_sample = (per_latent * target_mask).sum((1, 2)) / counts.clamp(min=1)
     num_samples = (counts > 0).sum().clamp(min=1)
     with torch.no_grad():
-        cosine = torch.cosine_similarity(predicted, targets, dim=-1)[target_mask].mean()
+        cosine = cosine_similarity(predicted, targets, dim=-1)[target_mask].mean()
     return per_sample.sum() / num_samples, cosine
 
 
@@ -38,14 +41,14 @@ def token_loss(logits, labels, *, num_items=None):
     Returns:
         `torch.Tensor`: a scalar; zero, with a gradient of zero, where there is no label.
     """
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    total = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     divisor = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
     return total / divisor.clamp(min=1)
 
 
 def mean_pairwise_cosine(vectors):
     """Mean cosine between all pairs of different rows of `vectors` (M, D): near 1, the targets have collapsed."""
-    unit = F.normalize(vectors.float(), dim=-1)
+    unit = normalize(vectors.float(), dim=-1)
     count = len(unit)
     if count < 2:
         return vectors.new_zeros((), dtype=torch.float32)

@@ -71,7 +71,9 @@ def span_text_masks(input_ids, assistant_mask, latent_ids, num_spans):
     starts = (input_ids == latent_ids[0]).long()
     spans_before = starts.cumsum(1) - starts  # (B, T): number of spans that started before this column
     words = assistant_mask & ~torch.isin(input_ids, torch.tensor(latent_ids, device=input_ids.device))
-    return words.unsqueeze(1) & (spans_before.unsqueeze(1) == torch.arange(num_spans, device=input_ids.device)[:, None])
+    return words.unsqueeze(1) & (
+        spans_before.unsqueeze(1) == torch.arange(num_spans, device=input_ids.device)[:, None]
+    )
 
 
 def top_p_selection(scores, candidate_mask, *, top_p, max_selected, temperature):
@@ -82,8 +84,8 @@ def top_p_selection(scores, candidate_mask, *, top_p, max_selected, temperature)
         candidate_mask (`torch.BoolTensor` of shape `(B, N)`): which candidates exist.
         top_p (`float`): 0.9 in the paper.
         max_selected (`int`): K.
-        temperature (`float`): tau of softmax(score / tau). With the paper's 1.0 cosines are so flat that 8 of 15 or more
-            candidates never hold 0.9, and K are kept always.
+        temperature (`float`): tau of softmax(score / tau). With the paper's 1.0, cosines are so flat that 8 of 15 or
+            more candidates never hold 0.9, and K are kept always.
 
     Returns:
         `tuple`: indices (B, K) by falling score, a mask (B, K) of those selected, and the mass (B,) that they hold.
@@ -145,8 +147,8 @@ def select_without_query(candidates, candidate_mask, *, method, max_selected):
 
     Args:
         candidates (`torch.Tensor` of shape `(B, S, N, D)`), candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`).
-        method (`str`): `"mean_pool"` (K contiguous groups, averaged, as in Mirage), `"uniform"` (K at equal distances in
-            raster order) or `"random"` (K drawn without replacement).
+        method (`str`): `"mean_pool"` (K contiguous groups, averaged, as in Mirage), `"uniform"` (K at equal distances
+            in raster order) or `"random"` (K drawn without replacement).
 
     Returns:
         As [`select_by_query`]; the mass is the share of the candidates that are used.

@@ -64,8 +64,8 @@ class MomentumTeacher:
         tensors = load_file(f"{folder}/{TEACHER_FILE}")
         if sorted(tensors) != sorted(self.names):
             raise ValueError(
-                f"{folder}/{TEACHER_FILE} holds {len(tensors)} tensors, the teacher {len(self.names)}, and their names "
-                "differ: the checkpoint was made with other trained weights. Freeze the same parts as then."
+                f"{folder}/{TEACHER_FILE} holds {len(tensors)} tensors, the teacher {len(self.names)}, and their "
+                "names differ: the checkpoint was made with other trained weights. Freeze the same parts as then."
             )
         for name, parameter in zip(self.names, self._parameters()):
             parameter.copy_(tensors[name])

@@ -19,10 +19,17 @@ Args:
 
 Returns:
     `end_on_goal`, `first_hit`: success rates; `invalid`: share of outputs without a box or with another letter in it,
-    which fail under both rules; `end_on_goal_low`, `end_on_goal_high`: Wilson 95 % interval; `count`; and the same with
-    the suffix `_3x3`, … for each board size.
+    which fail under both rules; `end_on_goal_low`, `end_on_goal_high`: Wilson 95 % interval; `count`; and the same
+    with the suffix `_3x3`, … for each board size.
 """
-_CITATION = "@article{wu2024vsp, title={VSP: Assessing the dual challenges of perception and reasoning in spatial planning tasks for VLMs}, author={Wu, Qiucheng and others}, journal={arXiv:2407.01863}, year={2024}}"
+_CITATION = """
+@article{wu2024vsp,
+  title = {VSP: Assessing the dual challenges of perception and reasoning in spatial planning tasks for VLMs},
+  author = {Wu, Qiucheng and others},
+  journal = {arXiv:2407.01863},
+  year = {2024}
+}
+"""
 
 _MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 
