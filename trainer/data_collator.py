@@ -56,9 +56,9 @@ class LatentDataCollator(DataCollatorMixin):
         pad_to_multiple_of (`int`, *optional*): pads the length of the batch further, on the right.
 
     Returns:
-        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids`, if
-        the backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of the
-        helper images; or `image_features`, `image_lengths` in place of pixels where they were computed before.
+        `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids`
+        if the backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of
+        the helper images; or `image_features`, `image_lengths` in place of pixels where they were computed before.
     """
 
     processor: ProcessorMixin

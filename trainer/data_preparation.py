@@ -26,8 +26,8 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
         num_proc (`int`, *optional*): processes to use.
 
     Returns:
-        The data set with `input_ids`, `assistant_mask`, `user_images` and `helper_images`: the images as they were or,
-        with `keep_pixels`, the tensors that the image processor makes of them, serialised.
+        The data set with `input_ids`, `assistant_mask`, `length`, `user_images` and `helper_images`: the images as
+        they were or, with `keep_pixels`, the tensors that the image processor makes of them, serialised.
 
     Raises:
         ValueError: names the first bad sample, what is wrong with it and how to mend it.
@@ -54,6 +54,7 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
         {
             "input_ids": List(Value("int32")),
             "assistant_mask": List(Value("bool")),
+            "length": Value("int32"),  # for Trainer's sampler that groups by length
             USER_IMAGES: image_column,
             HELPER_IMAGES: image_column,
         }
@@ -94,7 +95,11 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, na
             f"{where} has {len(input_ids)} tokens, more than max_length={max_length}. A sequence is never cut, for "
             "the cut could fall into a latent span or an image: raise max_length, shrink the images or leave it out."
         )
-    prepared = {"input_ids": input_ids.tolist(), "assistant_mask": assistant_mask.bool().tolist()}
+    prepared = {
+        "input_ids": input_ids.tolist(),
+        "assistant_mask": assistant_mask.bool().tolist(),
+        "length": len(input_ids),
+    }
     for column, order in ((USER_IMAGES, user_order), (HELPER_IMAGES, helper_order if stage == 1 else [])):
         if keep_pixels is None:
             prepared[column] = [sample["images"][i] for i in order]

@@ -126,7 +126,7 @@ class ILVRTrainer(SFTTrainer):
                 self.eval_dataset = self._cache_features(self.eval_dataset)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", "assistant_mask", USER_IMAGES, HELPER_IMAGES]
+        self._signature_columns = ["input_ids", "assistant_mask", "length", USER_IMAGES, HELPER_IMAGES]
 
     # ---------------------------------------------------------------------------------------------- the training step
 
