@@ -52,10 +52,13 @@ def evaluate_frozen_lake(cards: dict[str, ILVRModelCard], processor, recipe) -> 
     return results
 
 
-def _first_of_each(maps_per_size: dict, per_size: int) -> list[int]:
-    """Indices of the first few maps of each size."""
-    starts = [sum(list(maps_per_size.values())[:i]) for i in range(len(maps_per_size))]
-    return [start + i for start in starts for i in range(per_size)]
+def _first_of_each(maps_per_size: dict, number: int) -> list[int]:
+    """Indices of the first few test maps of each size."""
+    indices, start = [], 0
+    for available in maps_per_size.values():
+        indices += range(start, start + min(number, available))
+        start += available
+    return indices
 
 
 def _table(results: dict, sizes) -> str:

@@ -158,7 +158,7 @@ def test_bad_maps_and_requests():
     with pytest.raises(ValueError, match="letters"):
         FrozenLakeMap(("SX", "FG"))
     with pytest.raises(ValueError, match="distinct 3x3 maps"):
-        sample_maps(500, size=3, split="validation", seed=0, max_hole_fraction=0.2)
+        sample_maps(60, size=3, split="validation", seed=0, max_hole_fraction=0.2)
     with pytest.raises(ValueError, match="Unknown split"):
         sample_maps(5, size=3, split="dev", seed=0, max_hole_fraction=0.2)
 
