@@ -55,39 +55,48 @@ def draw_latents(model, processor, dataset, path: str | Path, *, max_spans: int 
         generate_kwargs: passed to `generate`.
     """
     model.eval()
-    figure, axes = plt.subplots(len(dataset), max_spans + 1, figsize=(2.1 * (max_spans + 1), 2.3 * len(dataset)))
+    thoughts = [_think(model, processor, sample, generate_kwargs) for sample in dataset]
+    columns = 1 + min(max_spans, max(len(latents) for _, latents in thoughts))
+    size = (2.1 * columns, 2.3 * len(dataset) + 0.3)
+    figure, axes = plt.subplots(len(dataset), columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for row, sample in zip(np.atleast_2d(axes), dataset):
-        inputs = processor.apply_chat_template(
-            [prompt_of(sample)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(
-            **inputs, do_sample=False, return_dict_in_generate=True, output_latents=True, **generate_kwargs
-        )
-        new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
-        answer = processor.decode(new_ids, skip_special_tokens=True)
-        board = FrozenLakeMap(tuple(sample["board"]))
+    for row, sample, (answer, latents) in zip(axes, dataset, thoughts):
+        cell = (board := FrozenLakeMap(tuple(sample["board"]))).start
         row[0].imshow(render_board(board))
-        row[0].set_title("".join(re.findall(r"\\boxed\{.*\}", answer)) or "no answer", fontsize=8)
+        boxes = re.findall(r"\\boxed\{[^}]*\}", answer)
+        row[0].set_title(boxes[-1].removeprefix("\\boxed") if boxes else "no answer", fontsize=8)
         moves = [letter for letter in answer.split("\\boxed")[0] if letter in MOVES]
-        cell = board.start
-        for axis, move, latents in zip(row[1:], moves, output.latents[0]):
+        for axis, move, span in zip(row[1:], moves, latents):
             cell = board.step(cell, move)
             image = render_board(board, cell, move)
-            similarity = cell_similarity(model, processor, image, latents)
-            pixels = image.width
-            axis.imshow(image)
-            axis.imshow(similarity.max(0), cmap="magma", alpha=0.45, extent=(0, pixels, pixels, 0), vmin=-1, vmax=1)
-            for number, scores in enumerate(similarity):
-                top, left = np.unravel_index(scores.argmax(), scores.shape)
-                side = pixels / len(scores)
-                offset = (number + 0.5) / len(similarity)
-                axis.text(
-                    (left + offset) * side, (top + 0.5) * side, str(number + 1), color="white", fontsize=8, ha="center"
-                )
+            _draw_span(axis, image, cell_similarity(model, processor, image, span))
             axis.set_title(move, fontsize=8)
-    figure.suptitle("Board and plan, then after each move: which cells the latents of that span resemble", fontsize=10)
+    figure.suptitle("Board and plan; after each move, the cells that the latents of its span resemble", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _think(model, processor, sample: dict, generate_kwargs: dict) -> tuple[str, torch.Tensor]:
+    """The model's answer to a sample, and its latents (spans, K, D)."""
+    inputs = processor.apply_chat_template(
+        [prompt_of(sample)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    settings = {"do_sample": False, "return_dict_in_generate": True, "output_latents": True, **generate_kwargs}
+    output = model.generate(**inputs, **settings)
+    new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(new_ids, skip_special_tokens=True), output.latents[0]
+
+
+def _draw_span(axis, image, similarity: np.ndarray):
+    """Shades the cells of a board by their nearest latent, and writes each latent's number on its nearest cell."""
+    pixels = image.width
+    axis.imshow(image)
+    axis.imshow(similarity.max(0), cmap="magma", alpha=0.45, extent=(0, pixels, pixels, 0), vmin=-1, vmax=1)
+    side = pixels / similarity.shape[1]
+    for number, scores in enumerate(similarity):
+        top, left = np.unravel_index(scores.argmax(), scores.shape)
+        x = (left + (number + 0.5) / len(similarity)) * side
+        box = {"facecolor": "black", "alpha": 0.6, "pad": 1, "linewidth": 0}
+        axis.text(x, (top + 0.5) * side, str(number + 1), color="white", fontsize=7, ha="center", bbox=box)
