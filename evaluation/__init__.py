@@ -1,7 +1,7 @@
 """Evaluation: metrics, answers of a model, pictures of its latents."""
 
 from .generation import generate_answers, load_metric
-from .pictures import draw_latents
+from .pictures import draw_curves, draw_latents
 
 
-__all__ = ["draw_latents", "generate_answers", "load_metric"]
+__all__ = ["draw_curves", "draw_latents", "generate_answers", "load_metric"]

@@ -1,5 +1,6 @@
-"""Pictures of what a model thinks: for each latent, the cells of the board that it resembles most."""
+"""Pictures of what a model thinks (for each latent, the cells of the board that it resembles), and of its training."""
 
+import json
 import re
 from pathlib import Path
 
@@ -73,6 +74,28 @@ def draw_latents(model, processor, dataset, path: str | Path, *, max_spans: int 
             _draw_span(axis, image, cell_similarity(model, processor, image, span))
             axis.set_title(move, fontsize=8)
     figure.suptitle("Board and plan; after each move, the cells that the latents of its span resemble", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(states: dict[str, Path], path: str | Path, names: tuple[str, ...] = ("ce_loss", "alignment_loss")):
+    """Plots what the training runs logged, one panel for each name.
+
+    Args:
+        states (`dict[str, Path]`): by run, the `trainer_state.json` that `Trainer.save_state` writes.
+        path (`str` or `Path`): of the PNG.
+        names (`tuple[str, ...]`, *optional*): logged quantities, drawn on a logarithmic axis.
+    """
+    logs = {run: json.loads(Path(state).read_text())["log_history"] for run, state in states.items()}
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.2))
+    for axis, name in zip(axes, names):
+        for run, log in logs.items():
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            if points:
+                axis.semilogy(*zip(*points), label=run)
+        axis.set(title=name, xlabel="optimizer step")
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

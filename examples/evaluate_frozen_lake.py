@@ -8,7 +8,7 @@ from pathlib import Path
 from ilvr import ILVRForConditionalGeneration
 from ilvr.data import frozen_lake_dataset
 from ilvr.data.frozen_lake_tasks import PROMPTS
-from ilvr.evaluation import draw_latents, generate_answers, load_metric
+from ilvr.evaluation import draw_curves, draw_latents, generate_answers, load_metric
 from ilvr.hub_cards import ILVRModelCard, Result
 
 
@@ -16,7 +16,7 @@ RELOAD_CHECK = Path(__file__).parent / "generate_answers.py"
 
 
 def evaluate_frozen_lake(cards: dict[str, ILVRModelCard], processor, recipe) -> dict:
-    """Scores the checkpoints on the same test maps; writes results, cards and `latents.png`.
+    """Scores the checkpoints on the same test maps; writes results, cards, curves and pictures.
 
     Args:
         cards (`dict`): by phase; the folders of `stage1` and `stage2` hold models that answer step by step, the others
@@ -45,6 +45,7 @@ def evaluate_frozen_lake(cards: dict[str, ILVRModelCard], processor, recipe) -> 
     (folder / "results.md").write_text(table)
     print(f"\n{table}")
 
+    draw_curves({name: folder / name / "trainer_state.json" for name in cards}, folder / "curves.png")
     few = tests["plan_trace"].select(_first_of_each(sizes, 2))
     draw_latents(model, processor, few, folder / "latents.png", max_new_tokens=128)
     print(f"Latents of stage 2 drawn to {folder / 'latents.png'}")

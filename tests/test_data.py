@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import load_from_disk
 from PIL import Image
 
 from ilvr.data import FrozenLakeMap, frozen_lake_dataset, render_board
@@ -109,6 +110,19 @@ def test_a_seed_fixes_everything():
     other = frozen_lake_dataset({3: 4, 4: 2}, **settings, seed=6)
     assert one.to_dict() == two.to_dict() != other.to_dict()
     assert [len(board) for board in one["board"]] == [3] * 8 + [4] * 4
+
+
+def test_saved_and_loaded_with_its_images(tmp_path):
+    data = frozen_lake_dataset({3: 2}, tasks=["plan_trace"], split="train")
+    data.save_to_disk(tmp_path)
+    loaded = load_from_disk(tmp_path)
+    for sample, reloaded in zip(data, loaded):
+        board = FrozenLakeMap(tuple(reloaded["board"]))
+        walk = board.walk(reloaded["answer"].replace(" ", ""))
+        assert len(reloaded["images"]) == len(sample["images"]) == len(walk)
+        assert np.array_equal(reloaded["images"][0], render_board(board))
+        last_move = reloaded["answer"][-1]
+        assert np.array_equal(reloaded["images"][-1], render_board(board, walk[-1], last_move))
 
 
 def test_rules_of_the_walk():

@@ -60,7 +60,7 @@ def test_the_main_job(tmp_path, capfd):
     assert all(scores["count_3x3"] == 3 for scores in results.values())
     state = {phase: json.loads((run / phase / "trainer_state.json").read_text()) for phase in results}
     assert state["answer_only"]["global_step"] == state["stage1"]["global_step"] + state["stage2"]["global_step"]
-    assert (run / "latents.png").stat().st_size > 10_000
+    assert (run / "latents.png").stat().st_size > 10_000 and (run / "curves.png").stat().st_size > 10_000
     for phase in results:
         assert "| FrozenLake planning 3x3 | end_on_goal |" in (run / phase / "README.md").read_text()
     assert "the same 3 answers" in capfd.readouterr().out
