@@ -108,23 +108,19 @@ class LatentGenerationMixin:
         """Sorts the recorded vectors by returned row and span: a list of (spans, K, D)."""
         sequences, size = outputs.sequences, self.config.latent_size
         beam_indices = getattr(outputs, "beam_indices", None)
-        prompt_length = sequences.shape[1] - (len(outputs.scores) if outputs.get("scores") else 0)
+        hidden_size = self.config.get_text_config().hidden_size
         latents = []
         for row, ids in enumerate(sequences):
-            columns = [
-                c for c in (ids == self.config.latent_pad_token_id).nonzero().flatten().tolist() if c in history
-            ]
+            pads = (ids == self.config.latent_pad_token_id).nonzero().flatten().tolist()
+            columns = [column for column in pads if column in history]
             found = []
             for column in columns[: len(columns) // size * size]:
-                source = row
-                if beam_indices is not None:
-                    # A latent at `column` is fed in the step that produces `column + 1`.
-                    source = int(beam_indices[row, column + 1 - prompt_length])
+                # The step that produced the next column was fed this latent, in the row of the beam that went on.
+                next_column = column + 1 - len(ids)
+                source = row if beam_indices is None else int(beam_indices[row, next_column])
                 found.append(history[column][source])
-            hidden_size = self.config.get_text_config().hidden_size
-            latents.append(
-                torch.stack(found).view(-1, size, hidden_size) if found else ids.new_zeros(0, size, hidden_size)
-            )
+            empty = torch.zeros(0, size, hidden_size, device=ids.device)
+            latents.append(torch.stack(found).view(-1, size, hidden_size) if found else empty)
         return latents
 
     def _get_logits_processor(self, *args, **kwargs):

@@ -254,6 +254,8 @@ class ILVRModel(ILVRPreTrainedModel):
         keep_cache = past_key_values is not None
         cache = past_key_values if keep_cache else ChunkCache(self.config.get_text_config().num_hidden_layers)
         past = cache.get_seq_length()
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
         feedback = getattr(past_key_values, "latent_feedback", None)
         if feedback is None and pads[:, 0].any():
             raise ValueError("A sequence starts inside a latent span: <|latent_pad|> needs a column before it.")

@@ -124,6 +124,24 @@ def test_beam_scores_equal_the_log_probabilities_of_the_words(model, inputs):
     torch.testing.assert_close(output.sequences_scores, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_prompt_with_spans_of_an_earlier_turn(model, processor):
+    """The prefill walks through them; a static cache would need masks that the walk cannot cut, and is refused."""
+    sample = make_sample(["Right", "Up", "Left"])
+    first = {
+        "role": "user",
+        "content": [{"type": "image", "image": sample["images"][0]}, {"type": "text", "text": "Go"}],
+    }
+    turns = [first, sample["messages"][1], {"role": "user", "content": [{"type": "text", "text": "Plan"}]}]
+    inputs = processor.apply_chat_template(
+        [turns], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = run(model, inputs, [(2,)], use_cache=False)
+    assert run(model, inputs, [(2,)]).equal(expected)
+    assert run(model, inputs, [(2,)], prefill_chunk_size=7).equal(expected)
+    with pytest.raises(ValueError, match="dynamic cache"):
+        run(model, inputs, [(2,)], cache_implementation="static")
+
+
 def test_sampling_and_streaming(model, processor, capsys):
     inputs = encode(processor, PROMPTS[:1], prompt_only=True)
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_sample
 from datasets import Dataset, Image, List
+from peft import LoraConfig
 
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig, LatentDataCollator
 from ilvr.trainer.data_collator import align_spans
@@ -205,6 +206,22 @@ def test_evaluation_logs_the_same_parts(model, processor, tmp_path):
     metrics = trainer.evaluate(prepared)
     assert metrics["eval_loss"] > 0
     assert {"eval_ce_loss", "eval_alignment_loss"} <= trainer.state.log_history[-1].keys()
+
+
+def test_outputs_of_evaluation_have_all_columns(model, processor, tmp_path):
+    """What `compute_metrics` gets: logits and labels of the same length."""
+    trainer = make_trainer(model, processor, tmp_path, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+        assert loss == pytest.approx(trainer.compute_loss(model, batch).item(), rel=1e-5)
+    assert outputs.logits.shape[:2] == batch["labels"].shape
+
+
+def test_peft_is_refused_in_stage_1(model, processor, tmp_path):
+    args = ILVRTrainingConfig(str(tmp_path), stage=1, bf16=False, report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="does not support PEFT"):
+        ILVRTrainer(model, args, train_dataset=make_dataset(), processing_class=processor, peft_config=LoraConfig())
 
 
 def test_teacher_equals_the_student_at_first(model):

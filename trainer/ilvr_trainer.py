@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, S spans, K latents a span, N candidates, D hidden, 
 import os
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
@@ -86,6 +87,8 @@ class ILVRTrainer(SFTTrainer):
             args.model_init_kwargs = None
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+        if args.stage == 1 and (kwargs.get("peft_config") is not None or is_peft_model(model)):
+            raise ValueError("Stage 1 does not support PEFT: the teacher averages full weights. Remove `peft_config`.")
         _check_agreement(model, processing_class)
         if args.freeze_vision_tower:
             freeze_vision_tower(model)
@@ -145,8 +148,9 @@ class ILVRTrainer(SFTTrainer):
                 targets, target_mask = self._select_targets(inputs, helper_inputs, assistant_mask)
 
         # 4. The student, with the targets in the latent positions (stage 1) or its own latents (stage 2).
-        has_label = (shift_labels != -100).any(0)
-        columns = has_label.nonzero().flatten()
+        # Logits only where some row has a label, unless the caller asked for them.
+        wanted = torch.ones_like(shift_labels[0]) if return_outputs else (shift_labels != -100).any(0)
+        columns = wanted.nonzero().flatten()
         outputs = model(
             **inputs,
             latent_values=targets,
