@@ -8,7 +8,7 @@ B batch (times beams), T sequence, K latents a span, D hidden, V vocabulary.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor
@@ -46,7 +46,7 @@ class LatentControl:
     """
 
     intervention: Callable | None = None
-    history: dict[int, torch.Tensor] | None = field(default=None)
+    history: dict[int, torch.Tensor] | None = None
 
 
 class LatentGenerationMixin:

@@ -157,6 +157,21 @@ def test_caching_images_changes_nothing(model, processor, tmp_path, stage, freez
         assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_features_that_cannot_be_cached_are_refused(model, processor, tmp_path, monkeypatch):
+    """Qwen3-VL's deepstack features go into several layers; a cache that lost them would train something else."""
+    core = type(model.vlm.model)
+    original = core.get_image_features
+
+    def with_deepstack(self, *args, **kwargs):
+        outputs = original(self, *args, **kwargs)
+        outputs.deepstack_features = [outputs.pooler_output]
+        return outputs
+
+    monkeypatch.setattr(core, "get_image_features", with_deepstack)
+    with pytest.raises(ValueError, match="`cache_images` keeps features of Qwen2.5-VL's kind only"):
+        make_trainer(model, processor, tmp_path, cache_images=True)
+
+
 def test_alignment_pulls_the_latents_to_the_targets(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, max_steps=30, ce_weight=0.0)
     trainer.train()

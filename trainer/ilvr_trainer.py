@@ -317,7 +317,13 @@ class ILVRTrainer(SFTTrainer):
             return rows
         inputs = {name: torch.cat([t[name] for t in filled]).to(self.accelerator.device) for name in filled[0]}
         with self.accelerator.autocast():
-            features = list(self._image_outputs(inputs, self.model).pooler_output)
+            outputs = self._image_outputs(inputs, self.model)
+        if "image_grid_thw" not in inputs or getattr(outputs, "deepstack_features", None) is not None:
+            raise ValueError(
+                f"`cache_images` keeps features of Qwen2.5-VL's kind only, not of {type(self.model.vlm).__name__}. "
+                "Set it to False."
+            )
+        features = list(outputs.pooler_output)
         dtype, encoded = features[0].dtype, []
         for tensors in unpacked:
             if tensors:
