@@ -26,24 +26,33 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's special tokens."""
+def train_tokenizer(
+    texts: list[str],
+    vocab_size: int = 512,
+    special_tokens: list[str] = SPECIAL_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+    eos_token: str = "<|im_end|>",
+    pad_token: str = "<|endoftext|>",
+    **kwargs,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's special tokens, or those of another backbone."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, "user\n assistant\n system\n"] * 2, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
+        **kwargs,
     )
 
 

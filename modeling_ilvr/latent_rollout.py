@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.generation.utils import _slice_mm_encoder_output
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -63,6 +63,46 @@ class _ChunkLayer(DynamicLayer):
         )
         return self.extended
 
+    def advance(self) -> "_ChunkLayer":
+        following = _ChunkLayer()
+        following.lazy_initialization(*self.extended)
+        following.keys, following.values = self.extended
+        return following
+
+
+class _ChunkLinearLayer(LinearAttentionLayer):
+    """The states of a linear-attention layer before a chunk, unchanged by `update_…`, as in [`_ChunkLayer`]."""
+
+    def __init__(self):
+        super().__init__()
+        self.record_past = True  # so that the layer does not take its path for one token, which writes in place
+
+    def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
+        if self.has_previous_state[state_idx]:
+            conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        missing = max(0, conv_kernel_size - conv_states.shape[-1])
+        conv_states = torch.nn.functional.pad(conv_states, (missing, 0))
+        self.extended_conv = conv_states[..., -conv_kernel_size:]
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        self.extended_recurrent = recurrent_states
+        return recurrent_states
+
+    def advance(self) -> "_ChunkLinearLayer":
+        following = _ChunkLinearLayer()
+        following.conv_states[0], following.recurrent_states[0] = self.extended_conv, self.extended_recurrent
+        following.has_previous_state[0] = True
+        return following
+
+
+# A sliding window is cut out by the mask, of all keys.
+CHUNK_LAYERS = {
+    "full_attention": _ChunkLayer,
+    "sliding_attention": _ChunkLayer,
+    "linear_attention": _ChunkLinearLayer,
+}
+
 
 class ChunkCache(Cache):
     """The past of one chunk of a differentiable walk.
@@ -70,17 +110,28 @@ class ChunkCache(Cache):
     A `DynamicCache` is written to by each forward, also by the one that gradient checkpointing replays during the
     backward pass, when the cache already holds later chunks. Here each chunk has its own past, and `advance` makes the
     past of the next one out of place.
+
+    Args:
+        config (`PreTrainedConfig`, *optional*): of the text decoder; `layers` are given instead by `advance`.
+
+    Raises:
+        ValueError: if the decoder has layers whose state cannot be kept out of place.
     """
 
-    def __init__(self, num_layers: int):
-        super().__init__(layers=[_ChunkLayer() for _ in range(num_layers)])
+    def __init__(self, config=None, layers=None):
+        if layers is None:
+            types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+            unknown = sorted(set(types) - CHUNK_LAYERS.keys())
+            if unknown:
+                raise ValueError(
+                    f"The text decoder ({config.model_type}) has layers of type {unknown}; latent spans are computed "
+                    f"through {sorted(CHUNK_LAYERS)} only. Use another backbone, or pass latent_values."
+                )
+            layers = [CHUNK_LAYERS[layer_type]() for layer_type in types]
+        super().__init__(layers=layers)
 
     def advance(self) -> "ChunkCache":
-        following = ChunkCache(len(self.layers))
-        for new, old in zip(following.layers, self.layers):
-            new.lazy_initialization(*old.extended)
-            new.keys, new.values = old.extended
-        return following
+        return ChunkCache(layers=[layer.advance() for layer in self.layers])
 
 
 @contextmanager

@@ -4,6 +4,7 @@ The model is a composition over any image-text-to-text backbone of transformers.
 K latents a span, D hidden, V vocabulary.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -211,13 +212,23 @@ class ILVRModel(ILVRPreTrainedModel):
             inputs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
         if "position_ids" not in inputs:
             # Backbones with M-RoPE give images text positions, silently, unless they are told where the images are.
-            is_image = input_ids == self.config.image_token_id
-            is_video = input_ids == self.config.video_token_id
-            inputs.setdefault("mm_token_type_ids", is_image.int() + 2 * is_video.int())
+            inputs.setdefault("mm_token_type_ids", self._modalities(input_ids))
             position_ids = self.vlm._prepare_position_ids_for_generation(input_ids, inputs)
             inputs["position_ids"] = position_ids[..., -input_ids.shape[1] :]
         inputs.pop("mm_token_type_ids", None)
+        if "token_type_ids" in inspect.signature(self.core.forward).parameters:
+            # Gemma 3: an image's tokens see each other in both directions.
+            inputs.setdefault("token_type_ids", self._modalities(input_ids))
         return self.vlm._prepare_multimodal_encoder_kwargs_for_generation(inputs)
+
+    def _placeholders(self, input_ids) -> dict:
+        """Where the placeholders of images and videos stand, (B, T) each; a backbone may know no videos."""
+        ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        return {modality: torch.eq(input_ids, -1 if i is None else i) for modality, i in ids.items()}
+
+    def _modalities(self, input_ids) -> torch.IntTensor:
+        placeholders = self._placeholders(input_ids)
+        return placeholders["image"].int() + 2 * placeholders["video"].int()
 
     def _forced(self, input_ids, pads, latent_values, latent_mask, **inputs) -> ILVRModelOutput:
         batch_size, num_spans, size, hidden_size = latent_values.shape
@@ -247,12 +258,13 @@ class ILVRModel(ILVRPreTrainedModel):
         past_key_values=None,
         use_cache=None,
         output_hidden_states=False,
+        token_type_ids=None,
         **kwargs,
     ) -> ILVRModelOutput:
         """The cached walk: each column is computed once, a chunk of columns at a time, latents fed back in between."""
         embeds = self.get_input_embeddings()(input_ids)
         keep_cache = past_key_values is not None
-        cache = past_key_values if keep_cache else ChunkCache(self.config.get_text_config().num_hidden_layers)
+        cache = past_key_values if keep_cache else ChunkCache(self.config.get_text_config())
         past = cache.get_seq_length()
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
@@ -260,10 +272,7 @@ class ILVRModel(ILVRPreTrainedModel):
         if feedback is None and pads[:, 0].any():
             raise ValueError("A sequence starts inside a latent span: <|latent_pad|> needs a column before it.")
 
-        placeholders = {
-            "image": input_ids == self.config.image_token_id,
-            "video": input_ids == self.config.video_token_id,
-        }
+        placeholders = self._placeholders(input_ids)
         hidden, hidden_states, starts, fed = [], [], [], []
         with checkpointing_with_cache(self.core):
             for start, stop in chunk_bounds(pads):
@@ -273,6 +282,8 @@ class ILVRModel(ILVRPreTrainedModel):
                     chunk = torch.cat([first.unsqueeze(1), chunk[:, 1:]], dim=1)
                     starts.append(start)
                     fed.append(first)
+                if token_type_ids is not None:
+                    kwargs["token_type_ids"] = token_type_ids[:, start:stop]
                 outputs = self.core(
                     inputs_embeds=chunk,
                     attention_mask=attention_mask[:, : past + stop],

@@ -1,44 +1,87 @@
 """Processor of an ILVR model: the backbone's processing of images and text, and latent spans in the template."""
 
+import inspect
+import json
+
 import transformers
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .configuration_ilvr import LATENT_TOKENS, latent_token_ids
 
 
-# ChatML (Qwen) with latent spans: an image in an assistant turn is a helper image and renders as a span of K pads. The
+# One template for all chat formats. An image in an assistant turn is a helper image and renders as a span of K pads. The
 # markers around the assistant's words tell the trainer where the loss is.
-CHATML_TEMPLATE = """\
-{%- for message in messages %}
-{%- if loop.first and message.role != 'system' and DEFAULT_SYSTEM %}
-{{- '<|im_start|>system\\n' + DEFAULT_SYSTEM + '<|im_end|>\\n' }}
+CHAT_TEMPLATE = """\
+{%- macro words(content) %}
+{%- if content is string %}{{ SPACE + content }}{% else %}
+{%- if content and content[0].type != 'image' %}{{ SPACE }}{% endif %}
+{%- for part in content %}
+{%- if part.type == 'image' %}{{ caller() }}{% elif part.type == 'text' %}{{ part.text }}{% endif %}
+{%- endfor %}
 {%- endif %}
-{{- '<|im_start|>' + message.role + '\\n' }}
+{%- endmacro %}
+{%- for message in messages %}
+{%- if loop.first %}{{ BEGIN + ('' if message.role == 'system' else DEFAULT_SYSTEM) }}{% endif %}
+{{- HEADERS[message.role] }}
 {%- if message.role == 'assistant' %}
 {%- generation %}
-{%- if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message.content %}
-{%- if part.type == 'image' %}{{ '<|latent_start|>' + '<|latent_pad|>' * LATENT_SIZE + '<|latent_end|>' }}
-{%- elif part.type == 'text' %}{{ part.text }}{% endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>' }}
+{%- call words(message.content) %}
+{{- '<|latent_start|>' + '<|latent_pad|>' * LATENT_SIZE + '<|latent_end|>' }}
+{%- endcall %}
+{{- END }}
 {%- endgeneration %}
-{{- '\\n' }}
 {%- else %}
-{%- if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message.content %}
-{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'text' %}{{ part.text }}{% endif %}
-{%- endfor %}
+{%- call words(message.content) %}{{ IMAGE }}{% endcall %}
+{{- END }}
 {%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endif %}
+{{- '\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+{%- if add_generation_prompt %}{{ HEADERS.assistant }}{% endif %}
 """
+
+
+def _chat_format(headers, image, end, begin="", space="", default_system=""):
+    roles = ("system", "user", "assistant")
+    return {
+        "HEADERS": {role: header for role, header in zip(roles, headers)},
+        "IMAGE": image,
+        "END": end,
+        "BEGIN": begin,
+        "SPACE": space,  # between a header and a text, where no image stands in between
+        "DEFAULT_SYSTEM": default_system,
+    }
+
+
+CHATML_HEADERS = [f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")]
+COLON_HEADERS = ["System:", "User:", "Assistant:"]
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+CHAT_FORMATS = (
+    _chat_format(CHATML_HEADERS, VISION, "<|im_end|>"),  # Qwen3-VL
+    _chat_format(  # Qwen2.5-VL
+        CHATML_HEADERS,
+        VISION,
+        "<|im_end|>",
+        default_system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+    ),
+    _chat_format(COLON_HEADERS, "<image>", "<end_of_utterance>", begin="<|im_start|>", space=" "),  # SmolVLM
+    _chat_format(COLON_HEADERS, "<image>", "<end_of_utterance>", begin="<|begin_of_text|>", space=" "),  # Idefics3
+    _chat_format(CHATML_HEADERS, "<IMG_CONTEXT>\n", "<|im_end|>"),  # InternVL
+    _chat_format(  # Gemma 3
+        ["<start_of_turn>user\n", "<start_of_turn>user\n", "<start_of_turn>model\n"],
+        "<start_of_image>",
+        "<end_of_turn>",
+        begin="<bos>",
+    ),
+)
+PROBE = (
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A board."}]},
+    {"role": "user", "content": [{"type": "text", "text": "And now?"}]},
+)
 
 
 class ILVRProcessor(ProcessorMixin):
@@ -59,8 +102,10 @@ class ILVRProcessor(ProcessorMixin):
         self.latent_size = latent_size
         self.backbone_processor = backbone_processor or {"processor_class": "Qwen2_5_VLProcessor"}
         arguments = dict(self.backbone_processor)
-        processor_class = _image_only(getattr(transformers, arguments.pop("processor_class")))
-        self._backbone = processor_class(image_processor, tokenizer, **arguments)
+        processor_class = getattr(transformers, arguments.pop("processor_class"))
+        if "video_processor" in inspect.signature(processor_class.__init__).parameters:
+            arguments["video_processor"] = None
+        self._backbone = _image_only(processor_class)(image_processor, tokenizer, **arguments)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -72,8 +117,8 @@ class ILVRProcessor(ProcessorMixin):
         Args:
             name_or_path (`str`): Hub id or folder of the backbone.
             latent_size (`int`, *optional*, defaults to 8, or that of a reference checkpoint): K.
-            chat_template (`str`, *optional*): needed if the backbone's own is not ChatML; must render images of
-                assistant turns as latent spans and mark the assistant's words with `{% generation %}`.
+            chat_template (`str`, *optional*): needed if the backbone's own is none that is known here; must render
+                images of assistant turns as latent spans and mark the assistant's words with `{% generation %}`.
             kwargs: passed to `AutoTokenizer.from_pretrained` and `AutoImageProcessor.from_pretrained`.
 
         Raises:
@@ -87,8 +132,12 @@ class ILVRProcessor(ProcessorMixin):
         *_, latent_size = latent_token_ids(config, tokenizer, latent_size)
         processor_class = PROCESSOR_MAPPING_NAMES[config.model_type]
         if chat_template is None:
-            chat_template = _chatml_with_spans(_backbone_chat_template(name_or_path, tokenizer, kwargs), latent_size)
-        return cls(image_processor, tokenizer, chat_template, latent_size, {"processor_class": processor_class})
+            chat_template = _template_with_spans(_backbone_chat_template(name_or_path, tokenizer, kwargs), latent_size)
+        saved, _ = ProcessorMixin.get_processor_dict(name_or_path, **kwargs)
+        accepted = inspect.signature(getattr(transformers, processor_class).__init__).parameters
+        settings = {k: v for k, v in saved.items() if k in accepted and not isinstance(v, dict) and k != "chat_template"}
+        backbone_processor = {"processor_class": processor_class, **settings}
+        return cls(image_processor, tokenizer, chat_template, latent_size, backbone_processor)
 
     @property
     def image_token(self) -> str:
@@ -158,14 +207,24 @@ def _backbone_chat_template(name_or_path, tokenizer, kwargs) -> str:
     return "" if file is None else open(file, encoding="utf-8").read()
 
 
-def _chatml_with_spans(backbone_template: str, latent_size: int) -> str:
-    if "<|im_start|>" not in backbone_template or "<|vision_start|>" not in backbone_template:
-        raise ValueError(
-            "The backbone's chat template is not Qwen's ChatML, so how a latent span is rendered is not known. Pass "
-            "chat_template=, with images of assistant turns rendered as <|latent_start|>, latent_size times "
-            "<|latent_pad|> and <|latent_end|>."
-        )
-    default_system = "You are a helpful assistant."
-    system = f"'{default_system}'" if default_system in backbone_template else "none"
-    header = f"{{%- set LATENT_SIZE = {latent_size} %}}{{%- set DEFAULT_SYSTEM = {system} %}}\n"
-    return header + CHATML_TEMPLATE
+def _template_with_spans(backbone_template: str, latent_size: int) -> str:
+    """Our template in the format whose rendering of a probe is the backbone's own."""
+    prompts = [{"conversations": [PROBE], "add_generation_prompt": True}, {"conversations": [PROBE[:2]]}]
+    for chat_format in CHAT_FORMATS:
+        settings = {**chat_format, "LATENT_SIZE": latent_size}
+        header = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in settings.items())
+        template = header + CHAT_TEMPLATE
+        try:
+            expected = [
+                render_jinja_template(**p, chat_template=backbone_template, bos_token="<bos>")[0] for p in prompts
+            ]
+        except TemplateError:
+            break  # the backbone's template does not know such messages
+        if expected == [render_jinja_template(**p, chat_template=template)[0] for p in prompts]:
+            return template
+    raise ValueError(
+        "The backbone's chat template is none of those known here (Qwen2.5-VL, Qwen3-VL, SmolVLM, Idefics3, InternVL, "
+        "Gemma 3), so how a latent span is rendered is not known. Pass chat_template=, with images of assistant turns "
+        "rendered as <|latent_start|>, latent_size times <|latent_pad|> and <|latent_end|>, and {% generation %} "
+        "around the assistant's words."
+    )
