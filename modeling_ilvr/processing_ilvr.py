@@ -13,8 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .configuration_ilvr import LATENT_TOKENS, latent_token_ids
 
 
-# One template for all chat formats. An image in an assistant turn is a helper image and renders as a span of K pads. The
-# markers around the assistant's words tell the trainer where the loss is.
+# One template for all chat formats. An image in an assistant turn is a helper image and renders as a span of K pads.
+# The markers around the assistant's words tell the trainer where the loss is.
 CHAT_TEMPLATE = """\
 {%- macro words(content) %}
 {%- if content is string %}{{ SPACE + content }}{% else %}
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = """\
 def _chat_format(headers, image, end, begin="", space="", default_system=""):
     roles = ("system", "user", "assistant")
     return {
-        "HEADERS": {role: header for role, header in zip(roles, headers)},
+        "HEADERS": dict(zip(roles, headers)),
         "IMAGE": image,
         "END": end,
         "BEGIN": begin,
@@ -135,7 +135,9 @@ class ILVRProcessor(ProcessorMixin):
             chat_template = _template_with_spans(_backbone_chat_template(name_or_path, tokenizer, kwargs), latent_size)
         saved, _ = ProcessorMixin.get_processor_dict(name_or_path, **kwargs)
         accepted = inspect.signature(getattr(transformers, processor_class).__init__).parameters
-        settings = {k: v for k, v in saved.items() if k in accepted and not isinstance(v, dict) and k != "chat_template"}
+        settings = {
+            k: v for k, v in saved.items() if k in accepted and not isinstance(v, dict) and k != "chat_template"
+        }
         backbone_processor = {"processor_class": processor_class, **settings}
         return cls(image_processor, tokenizer, chat_template, latent_size, backbone_processor)
 
@@ -148,6 +150,11 @@ class ILVRProcessor(ProcessorMixin):
         return self._backbone.image_token_id
 
     @property
+    def placeholder_id(self) -> int:
+        """Id of the token that stands once for each feature of an image, after expansion."""
+        return self._backbone.image_token_ids[0]
+
+    @property
     def latent_token_ids(self) -> tuple[int, int, int]:
         """Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`."""
         return tuple(self.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS)))
@@ -155,6 +162,9 @@ class ILVRProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return self._backbone.model_input_names
+
+    def create_mm_token_type_ids(self, *args, **kwargs):
+        return self._backbone.create_mm_token_type_ids(*args, **kwargs)
 
     def _get_num_multimodal_tokens(self, *args, **kwargs):
         return self._backbone._get_num_multimodal_tokens(*args, **kwargs)

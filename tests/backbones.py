@@ -82,7 +82,12 @@ def _build_qwen3(folder, model_class, config_class, text, **vision):
             **DECODER,
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], **text.pop("rope")},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 2, 2],
+                **text.pop("rope"),
+            },
             **text,
         },
         vision_config={

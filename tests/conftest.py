@@ -10,32 +10,40 @@ os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 
 import pytest
 import torch
+from backbones import CHAT_TEMPLATES, build_backbone
 from PIL import Image
-from small_qwen import build_small_qwen
 from transformers.utils import logging
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 
 
 LATENT_SIZE = 3
-TEXTS = ["Right Down Left Up \\boxed{R D L U} Plan a path to the goal."]
 
 logging.disable_progress_bar()
 torch.set_num_threads(2)
 
 
-@pytest.fixture(scope="session")
-def backbone_dir(tmp_path_factory):
-    """A saved random Qwen2.5-VL: hidden 32, 2 text layers and 1 vision layer, 16 pixels a visual token."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    build_small_qwen(folder, TEXTS, hidden_size=32, num_layers=2, vision_hidden_size=32, vision_layers=1, patch_size=8)
-    return folder
+def pytest_generate_tests(metafunc):
+    """Runs the tests of a module with a list `BACKBONES` on each of them; others on Qwen2.5-VL."""
+    backbones = getattr(metafunc.module, "BACKBONES", None)
+    if backbones and "backbone_name" in metafunc.fixturenames:
+        metafunc.parametrize("backbone_name", backbones, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def processor(backbone_dir):
-    return ILVRProcessor.from_backbone(backbone_dir, latent_size=LATENT_SIZE)
+def backbone_name(request):
+    return getattr(request, "param", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def backbone_dir(tmp_path_factory, backbone_name):
+    return build_backbone(backbone_name, tmp_path_factory.mktemp("backbones") / backbone_name)
+
+
+@pytest.fixture(scope="session")
+def processor(backbone_dir, backbone_name):
+    template = CHAT_TEMPLATES.get(backbone_name)
+    return ILVRProcessor.from_backbone(backbone_dir, latent_size=LATENT_SIZE, chat_template=template)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from backbones import FULLY_TESTED
 from conftest import LATENT_SIZE, encode, make_sample, perturb
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.trainer.image_features import image_outputs, without_pixels
 
 
+BACKBONES = FULLY_TESTED
 SAMPLES = [make_sample(["Right", "Down", "Up"]), make_sample(["Left", "Right Down Left", "Up Up"], "Plan a path")]
 
 
@@ -27,7 +30,8 @@ def gradients(model, loss):
 
 def largest_difference(one: dict, other: dict) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[k] - other[k]).abs().max() / other[k].abs().max().clamp(min=1e-6)) for k in one)
+    # Some gradients are zero but for rounding, as those of the biases of keys.
+    return max(float((one[k] - other[k]).abs().max() / other[k].abs().max().clamp(min=1e-4)) for k in one)
 
 
 def prefix_recompute(model, inputs):
@@ -69,7 +73,7 @@ def test_checkpointing_replays_the_layers(model, processor):
     inputs = encode(processor, SAMPLES)
     model.train().activation_checkpointing_enable()
     calls = []
-    model.model.core.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    model.model.core.get_decoder().layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     loss = next_token_loss(model(**inputs).logits, inputs)
     forward_calls = len(calls)
     loss.backward()
@@ -110,7 +114,9 @@ def test_latents_of_another_size_are_refused(model, processor):
 def test_precomputed_image_features_equal_pixels(model, processor):
     inputs = encode(processor, SAMPLES)
     expected = model(**inputs).logits
-    features = model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True)
+    features = image_outputs(inputs, model.model.core)
+    inputs = without_pixels(inputs)
+    assert "pixel_values" not in inputs
     torch.testing.assert_close(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
 
 
@@ -127,7 +133,9 @@ def test_later_image_in_the_sequence(model, processor):
         second["messages"][1],
     ]
     inputs = processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
-    assert len(inputs["image_grid_thw"]) == 2
+    images = inputs["input_ids"] == model.config.image_token_id
+    pads = inputs["input_ids"] == model.config.latent_pad_token_id
+    assert (images & (pads.cumsum(1) > 0)).any()
     torch.testing.assert_close(model(**inputs).logits, prefix_recompute(model, inputs), rtol=1e-4, atol=1e-4)
 
 

@@ -5,16 +5,18 @@ import copy
 import datasets
 import pytest
 import torch
+from backbones import FULLY_TESTED
 from conftest import make_sample
 from datasets import Dataset, Image, List
-from peft import LoraConfig
 
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig, LatentDataCollator
+from ilvr.trainer.adapters import vision_modules
 from ilvr.trainer.data_collator import align_spans
 from ilvr.trainer.data_preparation import prepare_dataset
 from ilvr.trainer.teacher import MomentumTeacher
 
 
+BACKBONES = FULLY_TESTED
 WORDS = ["Right", "Down", "Up Left", "Left Left Up"]
 SAMPLES = [make_sample([WORDS[(i + j) % 4] for j in range(2 + i % 3)], f"Plan {i}") for i in range(8)]
 
@@ -85,8 +87,10 @@ def test_teacher_is_no_part_of_the_student_and_shares_what_is_frozen(model, proc
     trainer = make_trainer(model, processor, tmp_path)
     assert not any("teacher" in name for name, _ in model.named_modules())
     student, teacher = dict(model.named_parameters()), dict(trainer.teacher.model.named_parameters())
-    for name, parameter in student.items():
-        assert (teacher[name] is parameter) == (not parameter.requires_grad), name
+    for name, parameter in teacher.items():
+        assert (student[name] is parameter) == (not student[name].requires_grad), name
+    assert not any(name.startswith(tuple(vision_modules(model))) for name in teacher)
+    assert any(student[name].requires_grad for name in teacher)
     assert "forward" not in trainer.teacher.model.__dict__  # TRL patches the student's instance
     assert not any(p.requires_grad for p in teacher.values())
 
@@ -96,8 +100,9 @@ def test_freezing(model, processor, tmp_path):
     before = {n: p.clone() for n, p in model.named_parameters()}
     trainer.train()
     moved = {n for n, p in model.named_parameters() if not p.equal(before[n])}
-    assert not any("visual" in name for name in moved)
-    assert any("language_model" in name for name in moved) and any("embed_tokens" in name for name in moved)
+    vision = tuple(vision_modules(model))
+    assert not any(name.startswith(vision) for name in moved) and any(name.startswith(vision) for name in before)
+    assert any("layers.0.mlp" in name for name in moved) and any("embed_tokens" in name for name in moved)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -148,7 +153,7 @@ def test_caching_images_changes_nothing(model, processor, tmp_path, stage, freez
     cached = make_trainer(other, processor, tmp_path, cache_images=True, **settings)
     calls = []
     for trainer in (plain, cached):
-        tower = trainer.model.vlm.model.visual
+        tower = trainer.model.get_submodule(vision_modules(trainer.model)[0])
         tower.register_forward_hook(lambda *_, owner=trainer: calls.append(owner))
         trainer.train()
     assert plain in calls and (cached in calls) == (not freeze)
@@ -157,27 +162,12 @@ def test_caching_images_changes_nothing(model, processor, tmp_path, stage, freez
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_features_that_cannot_be_cached_are_refused(model, processor, tmp_path, monkeypatch):
-    """Qwen3-VL's deepstack features go into several layers; a cache that lost them would train something else."""
-    core = type(model.vlm.model)
-    original = core.get_image_features
-
-    def with_deepstack(self, *args, **kwargs):
-        outputs = original(self, *args, **kwargs)
-        outputs.deepstack_features = [outputs.pooler_output]
-        return outputs
-
-    monkeypatch.setattr(core, "get_image_features", with_deepstack)
-    with pytest.raises(ValueError, match="`cache_images` keeps features of Qwen2.5-VL's kind only"):
-        make_trainer(model, processor, tmp_path, cache_images=True)
-
-
 def test_alignment_pulls_the_latents_to_the_targets(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, max_steps=30, ce_weight=0.0)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "alignment_loss" in entry]
     assert logs[-1]["alignment_loss"] < 0.5 * logs[0]["alignment_loss"]
-    assert logs[-1]["latent_cosine"] == pytest.approx(1 - logs[-1]["alignment_loss"], abs=1e-4)
+    assert logs[-1]["latent_cosine"] == pytest.approx(1 - logs[-1]["alignment_loss"], abs=0.01)
 
 
 def test_log_has_every_part(model, processor, tmp_path):
@@ -207,10 +197,8 @@ def test_samples_without_spans_train_as_text_in_stage_2(model, processor, tmp_pa
 
 def test_collapsed_targets_are_warned_of(model, processor, tmp_path, monkeypatch):
     messages = []
+    monkeypatch.setattr("ilvr.trainer.ilvr_trainer.mean_pairwise_cosine", lambda targets: 0.995)
     monkeypatch.setattr("ilvr.trainer.ilvr_trainer.logger.warning_once", messages.append)
-    with torch.no_grad():
-        merger = model.vlm.model.visual.merger.mlp[-1]
-        merger.weight.zero_()
     make_trainer(model, processor, tmp_path, max_steps=1).train()
     assert any("nearly all alike" in message for message in messages)
 
@@ -231,12 +219,6 @@ def test_outputs_of_evaluation_have_all_columns(model, processor, tmp_path):
         loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
         assert loss == pytest.approx(trainer.compute_loss(model, batch).item(), rel=1e-5)
     assert outputs.logits.shape[:2] == batch["labels"].shape
-
-
-def test_peft_is_refused_in_stage_1(model, processor, tmp_path):
-    args = ILVRTrainingConfig(str(tmp_path), stage=1, bf16=False, report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match="does not support PEFT"):
-        ILVRTrainer(model, args, train_dataset=make_dataset(), processing_class=processor, peft_config=LoraConfig())
 
 
 def test_teacher_equals_the_student_at_first(model):
@@ -262,7 +244,9 @@ def test_collator_on_literal_tensors(processor):
     batch = LatentDataCollator(processor)(rows)
     start, pad, end = processor.latent_token_ids
     eos = processor.tokenizer.eos_token_id
-    assert batch["helper_image_grid_thw"].shape[0] == 3 and batch["image_grid_thw"].shape[0] == 2
+    assert len(batch["helper_image_lengths"]) == 3 and len(batch["image_lengths"]) == 2
+    images = batch["input_ids"] == processor.placeholder_id
+    assert images.sum() == batch["image_lengths"].sum()
     starts = (batch["input_ids"] == start).nonzero().tolist()
     assert starts[0][1] == starts[1][1]  # first spans in one column
     for row in range(2):

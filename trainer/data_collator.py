@@ -9,7 +9,15 @@ import torch
 from transformers import ProcessorMixin
 from transformers.data.data_collator import DataCollatorMixin
 
-from .data_preparation import HELPER_IMAGES, USER_IMAGES, open_image, process_images, unpack
+from .data_preparation import (
+    HELPER_IMAGES,
+    USER_IMAGES,
+    encode_helper_images,
+    encode_images,
+    merge_images,
+    open_image,
+    unpack,
+)
 
 
 HELPER_PREFIX = "helper_"
@@ -57,8 +65,8 @@ class LatentDataCollator(DataCollatorMixin):
 
     Returns:
         `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids`
-        if the backbone has it, the image processor's tensors of the user images, and, prefixed by `helper_`, those of
-        the helper images; or `image_features`, `image_lengths` in place of pixels where they were computed before.
+        if the backbone has it, the processor's tensors of the user images with `image_lengths`, the number of their
+        tokens, and, prefixed by `helper_`, those of the helper images; features in place of pixels if they are cached.
     """
 
     processor: ProcessorMixin
@@ -87,19 +95,18 @@ class LatentDataCollator(DataCollatorMixin):
             example["labels"], example["shift_labels"] = counted, [*counted[1:], -100]
         for name in ("labels", "shift_labels"):
             batch[name] = _lay_out(examples, name, layout, -100)
-        if "mm_token_type_ids" in self.processor.model_input_names:
+        for name in {"mm_token_type_ids", "token_type_ids"} & set(self.processor.model_input_names):
             types = self.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
-            batch["mm_token_type_ids"] = torch.tensor(types)
-        batch |= self._collate_images([example[USER_IMAGES] for example in examples])
-        helper = self._collate_images([example[HELPER_IMAGES] for example in examples])
+            batch[name] = torch.tensor(types)
+        batch |= self._collate_images([example[USER_IMAGES] for example in examples], encode_images)
+        helper = self._collate_images([example[HELPER_IMAGES] for example in examples], encode_helper_images)
         return batch | {HELPER_PREFIX + name: tensor for name, tensor in helper.items()}
 
-    def _collate_images(self, rows: list) -> dict[str, torch.Tensor]:
+    def _collate_images(self, rows: list, encode) -> dict[str, torch.Tensor]:
         if isinstance(rows[0], bytes):
-            parts = [tensors for tensors in map(unpack, rows) if tensors]
-            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        images = [open_image(image, "An image of a prepared sample") for row in rows for image in row]
-        return process_images(images, self.processor)
+            return merge_images([unpack(row) for row in rows])
+        where = "An image of a prepared sample"
+        return merge_images([encode([open_image(i, where) for i in row], self.processor) for row in rows])
 
 
 def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding) -> torch.Tensor:

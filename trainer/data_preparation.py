@@ -8,9 +8,14 @@ from datasets import Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"  # columns of a prepared data set
+PREPARED_COLUMNS = ("input_ids", "assistant_mask", "length", "num_spans", USER_IMAGES, HELPER_IMAGES)
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train", keep_pixels=None, num_proc=None):
@@ -20,14 +25,15 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
         dataset (`Dataset` or `IterableDataset`): with `messages` (or `prompt` and `completion`) and `images`.
         processor ([`ILVRProcessor`]).
         stage (`int`): 1 needs a helper image in each sample.
-        max_length (`int`, *optional*): longest sequence allowed, in tokens.
+        max_length (`int`, *optional*): longest sequence kept, in tokens. Longer samples are dropped, counted and
+            listed in a warning: a sequence is never cut, for the cut could fall into a latent span or an image.
         name (`str`, *optional*, defaults to `"train"`): of the data set, for messages.
         keep_pixels (`torch.dtype`, *optional*): whether, and in what precision, processed images are kept.
         num_proc (`int`, *optional*): processes to use.
 
     Returns:
-        The data set with `input_ids`, `assistant_mask`, `length`, `user_images` and `helper_images`: the images as
-        they were or, with `keep_pixels`, the tensors that the image processor makes of them, serialised.
+        The data set with `input_ids`, `assistant_mask`, `length`, `num_spans`, `user_images` and `helper_images`: the
+        images as they were or, with `keep_pixels`, the tensors that the processor makes of them, serialised.
 
     Raises:
         ValueError: names the first bad sample, what is wrong with it and how to mend it.
@@ -45,7 +51,6 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
     arguments = {
         "processor": processor,
         "stage": stage,
-        "max_length": max_length,
         "name": name,
         "keep_pixels": keep_pixels,
     }
@@ -54,18 +59,46 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
         {
             "input_ids": List(Value("int32")),
             "assistant_mask": List(Value("bool")),
-            "length": Value("int32"),  # for Trainer's sampler that groups by length
+            "length": Value("int32"),
+            "num_spans": Value("int32"),
             USER_IMAGES: image_column,
             HELPER_IMAGES: image_column,
         }
     )
     shared = {"with_indices": True, "fn_kwargs": arguments, "remove_columns": columns, "features": features}
     if isinstance(dataset, IterableDataset):
-        return dataset.map(prepare_sample, **shared)
-    return dataset.map(prepare_sample, **shared, num_proc=num_proc, desc=f"Preparing {name} data")
+        dataset = dataset.map(prepare_sample, **shared)
+        limits = {"max_length": max_length, "name": name}
+        return dataset if max_length is None else dataset.filter(_is_kept, with_indices=True, fn_kwargs=limits)
+    dataset = dataset.map(prepare_sample, **shared, num_proc=num_proc, desc=f"Preparing {name} data")
+    return dataset if max_length is None else _drop_long(dataset, max_length, name)
 
 
-def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, name, keep_pixels=None) -> dict:
+def _is_kept(sample: dict, index: int, *, max_length: int, name: str) -> bool:
+    kept = sample["length"] <= max_length
+    if not kept:
+        logger.warning(f"Sample {index} of the {name} data is dropped: {sample['length']} tokens, {max_length=}.")
+    return kept
+
+
+def _drop_long(dataset, max_length: int, name: str):
+    lengths = list(dataset["length"])
+    kept = [i for i, length in enumerate(lengths) if length <= max_length]
+    if not kept:
+        raise ValueError(
+            f"All {len(lengths)} samples of the {name} data are longer than {max_length=}: they have "
+            f"{min(lengths)} to {max(lengths)} tokens. Raise max_length or shrink the images."
+        )
+    dropped = [f"{i} ({length} tokens)" for i, length in enumerate(lengths) if length > max_length]
+    if dropped:
+        logger.warning(
+            f"{len(dropped)} of {len(lengths)} samples of the {name} data are longer than {max_length=} and are "
+            f"dropped: {', '.join(dropped)}."
+        )
+    return dataset.select(kept)
+
+
+def prepare_sample(sample: dict, index: int, *, processor, stage, name, keep_pixels=None) -> dict:
     """Checks and tokenizes one conversation, see [`prepare_dataset`]."""
     where = f"Sample {index} of the {name} data"
     messages = sample["messages"] if "messages" in sample else [*sample["prompt"], *sample["completion"]]
@@ -90,23 +123,20 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, max_length, na
     input_ids, assistant_mask = encoded.pop("input_ids")[0], encoded.pop("assistant_masks")[0]
     if not assistant_mask.any():
         raise ValueError(f"{where} has no words of the assistant to learn from.")
-    if max_length is not None and len(input_ids) > max_length:
-        raise ValueError(
-            f"{where} has {len(input_ids)} tokens, more than max_length={max_length}. A sequence is never cut, for "
-            "the cut could fall into a latent span or an image: raise max_length, shrink the images or leave it out."
-        )
     prepared = {
         "input_ids": input_ids.tolist(),
         "assistant_mask": assistant_mask.bool().tolist(),
         "length": len(input_ids),
+        "num_spans": int((input_ids == processor.latent_token_ids[0]).sum()),
     }
-    for column, order in ((USER_IMAGES, user_order), (HELPER_IMAGES, helper_order if stage == 1 else [])):
-        if keep_pixels is None:
-            prepared[column] = [sample["images"][i] for i in order]
-        else:
-            names = processor.image_processor.model_input_names
-            done = {k: v for k, v in encoded.items() if k in names} if column == USER_IMAGES else None
-            prepared[column] = pack(done or process_images([images[i] for i in order], processor), keep_pixels)
+    helper_order = helper_order if stage == 1 else []
+    if keep_pixels is None:
+        prepared[USER_IMAGES] = [sample["images"][i] for i in user_order]
+        prepared[HELPER_IMAGES] = [sample["images"][i] for i in helper_order]
+    else:
+        user = encode_images([images[i] for i in user_order], processor)
+        helper = encode_helper_images([images[i] for i in helper_order], processor)
+        prepared[USER_IMAGES], prepared[HELPER_IMAGES] = pack(user, keep_pixels), pack(helper, keep_pixels)
     return prepared
 
 
@@ -153,9 +183,37 @@ def fill_in(messages: list[dict], user_images: list) -> list[dict]:
     return filled
 
 
-def process_images(images: list, processor) -> dict[str, torch.Tensor]:
-    """The image processor's tensors for a list of images; empty for none."""
-    return dict(processor.image_processor(images, return_tensors="pt")) if images else {}
+def encode_images(images: list, processor) -> dict[str, torch.Tensor]:
+    """The backbone's image tensors for the images of one conversation, empty for none.
+
+    With `image_lengths` (1,), the number of tokens that they have together.
+    """
+    if not images:
+        return {}
+    encoded = processor(images=images, text=[processor.image_token * len(images)], return_tensors="pt")
+    placeholders = encoded["input_ids"] == processor.placeholder_id
+    pixels = {k: torch.as_tensor(v) for k, v in encoded.items() if k not in TEXT_INPUTS}
+    return {**pixels, "image_lengths": placeholders.sum().view(1)}
+
+
+def encode_helper_images(images: list, processor) -> dict[str, torch.Tensor]:
+    """As [`encode_images`], of each image by itself, with `image_lengths` (images,)."""
+    return merge_images([encode_images([image], processor) for image in images])
+
+
+def merge_images(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Joins the image tensors of several conversations, as a backbone's processor does for a batch.
+
+    Where their further dimensions differ (tiles of an image, pixels of a tile), the smaller are filled up with zeros.
+    """
+    parts = [part for part in parts if part]
+    merged = {}
+    for name in parts[0] if parts else ():
+        tensors = [part[name] for part in parts]
+        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
+        padding = [[n for size, to in zip(t.shape[:0:-1], shape[::-1]) for n in (0, to - size)] for t in tensors]
+        merged[name] = torch.cat([torch.nn.functional.pad(t, p) for t, p in zip(tensors, padding)])
+    return merged
 
 
 def pack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> bytes:

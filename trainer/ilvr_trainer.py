@@ -7,19 +7,18 @@ import os
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
-from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from ilvr.hub_cards import ILVRModelCard
 
+from .adapters import complete_peft_config, freeze_vision_tower, ilvr_model
 from .data_collator import HELPER_PREFIX, LatentDataCollator
-from .data_preparation import HELPER_IMAGES, USER_IMAGES, pack, prepare_dataset, unpack
+from .data_preparation import PREPARED_COLUMNS, merge_images, prepare_dataset
 from .ilvr_training_config import ILVRTrainingConfig
+from .image_features import cache_features, flatten_features, image_outputs, without_pixels
 from .losses import alignment_loss, mean_pairwise_cosine, token_loss
 from .selection import (
     global_query,
@@ -76,6 +75,7 @@ class ILVRTrainer(SFTTrainer):
         eval_dataset=None,
         processing_class=None,
         callbacks=None,
+        peft_config=None,
         **kwargs,
     ):
         args = args or ILVRTrainingConfig("ilvr-output")
@@ -87,11 +87,12 @@ class ILVRTrainer(SFTTrainer):
             args.model_init_kwargs = None
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
-        if args.stage == 1 and (kwargs.get("peft_config") is not None or is_peft_model(model)):
-            raise ValueError("Stage 1 does not support PEFT: the teacher averages full weights. Remove `peft_config`.")
-        _check_agreement(model, processing_class)
+        base_model = ilvr_model(model)
+        _check_agreement(base_model, processing_class)
         if args.freeze_vision_tower:
-            freeze_vision_tower(model)
+            freeze_vision_tower(base_model)
+        if peft_config is not None and not is_peft_model(model):
+            peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
         keep_pixels = (torch.bfloat16 if args.bf16 else torch.float32) if args.cache_images else None
         preparation = {
             "processor": processing_class,
@@ -106,8 +107,7 @@ class ILVRTrainer(SFTTrainer):
         elif eval_dataset is not None:
             eval_dataset = prepare_dataset(eval_dataset, **preparation, name="eval")
 
-        # Before SFTTrainer patches the student's forward: a copy made later would run the student.
-        self.teacher = MomentumTeacher(model, args.teacher_decay) if args.stage == 1 else None
+        self.teacher = None
         super().__init__(
             model=model,
             args=args,
@@ -116,10 +116,11 @@ class ILVRTrainer(SFTTrainer):
             processing_class=processing_class,
             data_collator=kwargs.pop("data_collator", LatentDataCollator(processing_class, args.pad_to_multiple_of)),
             callbacks=callbacks,
+            peft_config=peft_config,
             **kwargs,
         )
-        if self.teacher is not None:
-            self.teacher.to(self.accelerator.device)
+        if args.stage == 1:
+            self.teacher = MomentumTeacher(self.student, args.teacher_decay)
             self.add_callback(TeacherUpdateCallback(self))
         if args.cache_images and args.freeze_vision_tower:
             self.train_dataset = self._cache_features(self.train_dataset)
@@ -128,15 +129,23 @@ class ILVRTrainer(SFTTrainer):
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._cache_features(self.eval_dataset)
 
+    @property
+    def student(self):
+        """The ILVR model that is trained, without wrappers."""
+        return ilvr_model(self.accelerator.unwrap_model(self.model))
+
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", "assistant_mask", "length", USER_IMAGES, HELPER_IMAGES]
+        self._signature_columns = [*PREPARED_COLUMNS]
 
     # ---------------------------------------------------------------------------------------------- the training step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         assistant_mask, shift_labels = inputs.pop("assistant_mask"), inputs.pop("shift_labels")
-        helper_inputs = {k: inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)}
+        helper_inputs = {
+            k.removeprefix(HELPER_PREFIX): inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)
+        }
+        inputs.pop("image_lengths", None)
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         if self.args.freeze_vision_tower:
@@ -178,30 +187,17 @@ class ILVRTrainer(SFTTrainer):
 
     def _encode_user_images(self, inputs: dict) -> dict:
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = self._image_outputs(inputs, self.model)
-        pixels = {"pixel_values", "image_features", "image_lengths"}
-        kept = {k: v for k, v in inputs.items() if k not in pixels}
-        return kept if outputs is None else {**kept, "mm_encoder_outputs": {"image": outputs}}
-
-    def _image_outputs(self, inputs: dict, model):
-        """The vision tower's output for the images of a batch, computed or from the cache; `None` without images."""
-        if "image_features" in inputs:
-            features = inputs["image_features"].split(inputs["image_lengths"].tolist())
-            return BaseModelOutputWithPooling(pooler_output=features)
-        if "pixel_values" not in inputs:
-            return None
-        core = self.accelerator.unwrap_model(model).model
-        arguments = {k: inputs[k] for k in self.processing_class.image_processor.model_input_names if k in inputs}
-        return core.get_image_features(**arguments, return_dict=True)
+            outputs = image_outputs(inputs, self.student.model.core)
+        return inputs if outputs is None else {**without_pixels(inputs), "mm_encoder_outputs": {"image": outputs}}
 
     def _select_targets(self, inputs, helper_inputs, assistant_mask):
         """Targets (B, S, K, D) and their mask (B, S, K)."""
         args, input_ids = self.args, inputs["input_ids"]
-        config = self.model.config
-        vision = self.model if args.freeze_vision_tower else self.teacher.model
-        helper_inputs = {k.removeprefix(HELPER_PREFIX): v for k, v in helper_inputs.items()}
-        features = self._image_outputs(helper_inputs, vision).pooler_output  # one (N, D) for each helper image
-        groups = [group_candidates(f.reshape(-1, f.shape[-1]).float(), args.max_candidates) for f in features]
+        config = self.student.config
+        vision = self.student if args.freeze_vision_tower else self.teacher.model
+        outputs = image_outputs(helper_inputs, vision.model.core)
+        features = flatten_features(outputs.pooler_output).float().split(helper_inputs["image_lengths"].tolist())
+        groups = [group_candidates(f, args.max_candidates) for f in features]  # one (N, D) for each helper image
         counts = (input_ids == config.latent_start_token_id).sum(1)  # (B,): spans of each row
         num_spans = int(counts.max())
         padded = pad_sequence(groups, batch_first=True)  # (images, N, D)
@@ -243,7 +239,7 @@ class ILVRTrainer(SFTTrainer):
 
     def _teacher_states(self, inputs, num_spans: int) -> torch.Tensor:
         """The teacher's last-layer hidden states (B, T, D), fp32; latent positions keep the embedding of the pad."""
-        config = self.model.config
+        config = self.student.config
         shape = (len(inputs["input_ids"]), num_spans, config.latent_size)
         unused = torch.zeros(*shape, config.get_text_config().hidden_size, device=inputs["input_ids"].device)
         outputs = self.teacher.model.model(
@@ -278,7 +274,7 @@ class ILVRTrainer(SFTTrainer):
 
     def log(self, logs, start_time=None):
         if self.teacher is not None and self.model.training:
-            logs["teacher_distance"] = self.teacher.distance(self.accelerator.unwrap_model(self.model))
+            logs["teacher_distance"] = self.teacher.distance(self.student)
             similarity = self._metrics["train"].get("target_similarity")
             if similarity and sum(similarity) / len(similarity) > 0.99:
                 logger.warning_once(
@@ -292,47 +288,14 @@ class ILVRTrainer(SFTTrainer):
 
     def _cache_features(self, dataset):
         """Replaces pixels by the output of the frozen vision tower, once for each image."""
-        if isinstance(dataset, IterableDataset):
-            raise ValueError("`cache_images` needs the length of the data set; set it to False for a streaming one.")
 
-        def encode(rows: dict) -> dict:
-            return {column: self._encode_rows(rows[column]) for column in (USER_IMAGES, HELPER_IMAGES)}
+        @torch.no_grad()
+        def encode_batch(parts: list[dict]):
+            inputs = {k: v.to(self.accelerator.device) for k, v in merge_images(parts).items()}
+            with self.accelerator.autocast():
+                return image_outputs(inputs, self.student.model.core)
 
-        # A fingerprint of our own: hashing the closure would pickle the model.
-        fingerprint = Hasher.hash([dataset._fingerprint, id(self), self.args.output_dir])
-        return dataset.map(
-            encode,
-            batched=True,
-            batch_size=32,
-            keep_in_memory=True,
-            new_fingerprint=fingerprint,
-            desc="Encoding images",
-        )
-
-    @torch.no_grad()
-    def _encode_rows(self, rows: list[bytes]) -> list[bytes]:
-        unpacked = [unpack(row) for row in rows]
-        filled = [tensors for tensors in unpacked if tensors]
-        if not filled:
-            return rows
-        inputs = {name: torch.cat([t[name] for t in filled]).to(self.accelerator.device) for name in filled[0]}
-        with self.accelerator.autocast():
-            outputs = self._image_outputs(inputs, self.model)
-        if "image_grid_thw" not in inputs or getattr(outputs, "deepstack_features", None) is not None:
-            raise ValueError(
-                f"`cache_images` keeps features of Qwen2.5-VL's kind only, not of {type(self.model.vlm).__name__}. "
-                "Set it to False."
-            )
-        features = list(outputs.pooler_output)
-        dtype, encoded = features[0].dtype, []
-        for tensors in unpacked:
-            if tensors:
-                own = [features.pop(0).cpu() for _ in tensors["image_grid_thw"]]
-                tensors = {k: v for k, v in tensors.items() if k != "pixel_values"}
-                tensors["image_lengths"] = torch.tensor([len(f) for f in own])
-                tensors["image_features"] = torch.cat(own)
-            encoded.append(pack(tensors, dtype))
-        return encoded
+        return cache_features(dataset, encode_batch, key=f"{id(self)} {self.args.output_dir}")
 
     def model_card(self, model_name: str | None = None) -> ILVRModelCard:
         """The card that every saved checkpoint carries; add results and save it again when there are some."""
@@ -380,15 +343,6 @@ class ILVRTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             self.teacher.load(resume_from_checkpoint)
-
-
-def freeze_vision_tower(model):
-    """Freezes everything of the backbone that is not its text decoder or language-model head: tower and merger."""
-    core = model.model.core
-    decoder = {id(parameter) for parameter in core.get_decoder().parameters()}
-    for parameter in core.parameters():
-        if id(parameter) not in decoder:
-            parameter.requires_grad_(False)
 
 
 def _check_agreement(model, processor):

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from .adapters import vision_modules
+
 
 TEACHER_FILE = "teacher.safetensors"
 
@@ -18,15 +20,22 @@ class MomentumTeacher:
     shared with the student.
 
     Args:
-        student ([`ILVRForConditionalGeneration`]): built before anything wraps or patches it.
+        student ([`ILVRForConditionalGeneration`]): not wrapped; adapters of PEFT are trained weights like others, so
+            over a frozen base the teacher costs one fp32 copy of them.
         decay (`float`): 0.999 in the paper.
     """
 
     def __init__(self, student: torch.nn.Module, decay: float):
         self.decay = decay
-        shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(student, memo=shared).eval()
-        self.names = [name for name, p in student.named_parameters() if p.requires_grad]
+        unused = _unused_modules(student)
+        shared = {p for p in student.parameters() if not p.requires_grad}
+        shared.update(p for name in unused for p in student.get_submodule(name).parameters())
+        self.model = copy.deepcopy(student, memo={id(p): p for p in shared}).eval()
+        self.model.__dict__.pop("forward", None)  # SFTTrainer patches the student's, bound to the student
+        for name in unused:
+            self.model.set_submodule(name, torch.nn.Identity())
+        names = {name for name, _ in self.model.named_parameters()}
+        self.names = [name for name, p in student.named_parameters() if p.requires_grad and name in names]
         for parameter in self._parameters():
             parameter.data = parameter.data.float()
         self.model.requires_grad_(False)
@@ -34,9 +43,6 @@ class MomentumTeacher:
     def _parameters(self) -> list[torch.Tensor]:
         parameters = dict(self.model.named_parameters())
         return [parameters[name] for name in self.names]
-
-    def to(self, device):
-        self.model.to(device)
 
     @torch.no_grad()
     def update(self, student: torch.nn.Module):
@@ -71,6 +77,18 @@ class MomentumTeacher:
             parameter.copy_(tensors[name])
 
 
+def _unused_modules(student) -> list[str]:
+    """Parts that the teacher has no use for: a frozen vision tower, since features come from the student's, and a head
+    with weights of its own, since only its hidden states are read."""
+    unused = [
+        n for n in vision_modules(student) if not any(p.requires_grad for p in student.get_submodule(n).parameters())
+    ]
+    head = student.get_output_embeddings()
+    if head.weight is not student.get_input_embeddings().weight:
+        unused += [name for name, module in student.named_modules() if module is head]
+    return unused
+
+
 class TeacherUpdateCallback(TrainerCallback):
     """Moves the teacher after each real optimizer step, not after accumulation micro-batches or skipped steps."""
 
@@ -79,4 +97,4 @@ class TeacherUpdateCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
-            self.trainer.teacher.update(self.trainer.accelerator.unwrap_model(self.trainer.model))
+            self.trainer.teacher.update(self.trainer.student)

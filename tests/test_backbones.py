@@ -1,0 +1,84 @@
+"""The contract of a backbone, for those that the whole suite does not run on, and what is refused."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backbones import BUILDERS, FULLY_TESTED
+from conftest import encode
+from test_generation import run
+from test_modeling import SAMPLES, gradients, largest_difference, next_token_loss, prefix_recompute
+
+from ilvr import ILVRProcessor
+from ilvr.latent_rollout import ChunkCache
+
+
+BACKBONES = [name for name in BUILDERS if name not in FULLY_TESTED]
+PROMPTS = [SAMPLES[0], SAMPLES[1]]
+
+
+def test_forward_without_latents_is_the_backbones(model, processor):
+    inputs = encode(processor, SAMPLES, "left", prompt_only=True)
+    torch.testing.assert_close(model(**inputs).logits, model.vlm(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_walk_has_the_gradients_of_prefix_recompute(model, processor, checkpointing):
+    inputs = encode(processor, SAMPLES, "left")
+    model.train()
+    expected = gradients(model, next_token_loss(prefix_recompute(model, inputs), inputs))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    found = gradients(model, next_token_loss(model(**inputs).logits, inputs))
+    assert largest_difference(found, expected) < 1e-4
+
+
+def test_forcing_the_own_latents_changes_nothing(model, processor):
+    inputs = encode(processor, SAMPLES, "left")
+    own = model(**inputs)
+    forced = model(**inputs, latent_values=own.predicted_latents)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(forced.logits[real], own.logits[real], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_is_exact_in_batches(model, processor):
+    inputs = encode(processor, PROMPTS, "left", prompt_only=True)
+    steps = [(1, 9), (3,)]
+    expected = run(model, inputs, steps)
+    assert run(model, inputs, steps, use_cache=False).equal(expected)
+    for row, prompt in enumerate(PROMPTS):
+        single = encode(processor, [prompt], prompt_only=True)
+        ids = run(model, single, steps[row : row + 1])[:, single["input_ids"].shape[1] :]
+        assert ids[0].equal(expected[row, inputs["input_ids"].shape[1] :])
+
+
+def test_assistant_words_are_marked(processor):
+    """What follows the generation prompt, and nothing else, is the assistant's."""
+    user, assistant = SAMPLES[0]["messages"]
+    parts = [{"type": "image", "image": SAMPLES[0]["images"][0]}, *user["content"][1:]]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template([{**user, "content": parts}], add_generation_prompt=True, **options)
+    whole = processor.apply_chat_template(
+        [{**user, "content": parts}, assistant], return_assistant_tokens_mask=True, **options
+    )
+    mask = whole["assistant_masks"][0].bool()
+    length = prompt["input_ids"].shape[1]
+    assert whole["input_ids"][0, :length].equal(prompt["input_ids"][0])
+    assert not mask[:length].any() and mask[length:].sum() >= len(mask) - length - 1  # but for a line's end
+
+
+def test_layers_without_an_exact_walk_are_refused():
+    config = SimpleNamespace(model_type="jamba", layer_types=["mamba", "full_attention"], num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"\(jamba\) has layers of type \['mamba'\]"):
+        ChunkCache(config)
+
+
+def test_an_unknown_chat_format_is_refused(backbone_dir, tmp_path):
+    folder = shutil.copytree(backbone_dir, tmp_path / "other")
+    file = next(folder.glob("chat_template.jinja"))
+    file.write_text(
+        "{% for m in messages %}<<{{ m.role }}>>{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="none of those known here"):
+        ILVRProcessor.from_backbone(folder)

@@ -1,0 +1,53 @@
+"""PEFT: what an adapter of a latent-reasoning model needs beside the layers that the user names."""
+
+import copy
+
+from accelerate.utils import is_peft_model
+
+
+def ilvr_model(model):
+    """The ILVR model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def vision_modules(model) -> list[str]:
+    """Names of the parts of the backbone that are not its text decoder: vision tower and merger."""
+    core = model.model.core
+    prefix = next(name for name, module in model.named_modules() if module is core)
+    decoder = core.get_decoder()
+    return [f"{prefix}.{name}" for name, module in core.named_children() if module is not decoder]
+
+
+def freeze_vision_tower(model):
+    """Freezes everything of the backbone that is not its text decoder or language-model head: tower and merger."""
+    for name in vision_modules(model):
+        model.get_submodule(name).requires_grad_(False)
+
+
+def complete_peft_config(peft_config, model, *, freeze_vision: bool):
+    """A copy of a PEFT config that also trains and saves what a new latent span brings.
+
+    Unless the config says otherwise: the embedding rows of the latent tokens (`trainable_token_indices`, also of the
+    language-model head where it has weights of its own), a latent head with weights (`modules_to_save`), and, with
+    `freeze_vision`, no adapter in the vision tower, whose features teacher and student share.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`]).
+        model ([`ILVRForConditionalGeneration`]).
+    """
+    peft_config = copy.deepcopy(peft_config)
+    saved = list(getattr(peft_config, "modules_to_save", None) or [])
+    if model.config.latent_head != "identity" and "latent_head" not in saved:
+        peft_config.modules_to_save = saved = [*saved, "latent_head"]
+    if hasattr(peft_config, "trainable_token_indices") and peft_config.trainable_token_indices is None:
+        config = model.config
+        ids = [config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id]
+        names = {module: name for name, module in model.named_modules()}
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        modules = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+        wanted = [names[module] for module in modules if names[module].split(".")[-1] not in saved]
+        peft_config.trainable_token_indices = {name: list(ids) for name in wanted} or None
+    if freeze_vision and getattr(peft_config, "exclude_modules", "") is None:
+        parts = "|".join(name.replace(".", r"\.") for name in vision_modules(model))
+        peft_config.exclude_modules = rf"(.*\.)?({parts})(\..*)?"
+    return peft_config
