@@ -25,7 +25,7 @@ def make_dataset(samples=SAMPLES) -> Dataset:
     return Dataset.from_list(samples).cast_column("images", List(Image()))
 
 
-def make_trainer(model, processor, folder, samples=SAMPLES, callbacks=None, **kwargs):
+def make_trainer(model, processor, folder, samples=SAMPLES, callbacks=None, peft_config=None, **kwargs):
     settings = {
         "stage": 1,
         "max_steps": 4,
@@ -46,7 +46,12 @@ def make_trainer(model, processor, folder, samples=SAMPLES, callbacks=None, **kw
     }
     args = ILVRTrainingConfig(str(folder), **settings)
     return ILVRTrainer(
-        model, args, train_dataset=make_dataset(samples), processing_class=processor, callbacks=callbacks
+        model,
+        args,
+        train_dataset=make_dataset(samples),
+        processing_class=processor,
+        callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 
