@@ -339,8 +339,8 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             kwargs: passed to `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint is no image-text-to-text model, is an ILVR model already, or was trained with
-                another `latent_size`.
+            ValueError: if the checkpoint is no image-text-to-text model, is an ILVR model already, was trained with
+                another `latent_size`, or holds other weights than its config asks for.
         """
         hub_kwargs = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         vlm_config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
@@ -359,7 +359,9 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         )
         with torch.device("meta"):
             model = cls(config)
-        vlm = AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported all at once, below
+        vlm, report = AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
+        _check_weights(name_or_path, report)
         if not hasattr(vlm_config, "latent_token_id"):
             _add_token_rows(vlm, [start_id, pad_id, end_id])
         vlm.config = _without_local_path(vlm.config)
@@ -471,6 +473,22 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             attentions=outputs.attentions,
             predicted_latents=outputs.predicted_latents,
             latent_inputs=outputs.latent_inputs,
+        )
+
+
+def _check_weights(name_or_path: str, report: dict):
+    """Refuses a checkpoint that does not fill its model: transformers warns and leaves such weights random."""
+    shapes = [f"{key} {tuple(saved)}, not {tuple(wanted)}" for key, saved, wanted in report["mismatched_keys"]]
+    kinds = {"missing": report["missing_keys"], "unknown": report["unexpected_keys"], "of another shape": shapes}
+    found = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if found:
+        raise ValueError(
+            f"The weights of {name_or_path} do not fit its config.json: {'; '.join(found)}. Use the config.json that "
+            "was saved with the weights, and all of the weight files."
         )
 
 

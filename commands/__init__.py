@@ -1,0 +1,1 @@
+"""Commands: thin doors to functions that a script can call."""

@@ -1,0 +1,132 @@
+"""`ilvr convert`: a checkpoint of the paper's reference code as an ILVR checkpoint.
+
+The reference code (github.com/XD111ds/ILVR, `src/main.py`) adds `<|latent_pad|>`, `<|latent_start|>` and
+`<|latent_end|>`, in this order, to a Qwen2.5-VL, resizes its embeddings, and writes the ids and the latent size into
+the backbone's own config.
+"""
+
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+from trl import TrlParser
+
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+
+
+REFERENCE_FIELDS = ("latent_token_id", "latent_start_id", "latent_end_id", "latent_size")
+
+
+@dataclass
+class ConvertOptions:
+    """
+    Options of `ilvr convert`.
+
+    Args:
+        checkpoint (`str`): folder or Hub id of the reference checkpoint.
+        output_dir (`str`): new folder for the ILVR checkpoint.
+        dtype (`str`, *optional*, defaults to `"auto"`): of the saved weights; `"auto"` is that of the checkpoint.
+    """
+
+    checkpoint: str = field(metadata={"help": "Folder or Hub id of the reference checkpoint."})
+    output_dir: str = field(metadata={"help": "New folder for the ILVR checkpoint."})
+    dtype: str = field(default="auto", metadata={"help": "Of the saved weights; `auto` is that of the checkpoint."})
+
+
+def convert_checkpoint(checkpoint: str, output_dir: str, *, dtype: str = "auto") -> ILVRForConditionalGeneration:
+    """Saves a checkpoint of the reference code as an ILVR checkpoint: safetensors, processor and code.
+
+    Token ids and latent size are kept. `pytorch_model.bin` files are read with weights-only loading, which runs no
+    code that a file may hold.
+
+    Args:
+        checkpoint (`str`): folder or Hub id of the reference checkpoint (Qwen2.5-VL layout).
+        output_dir (`str`): new or empty folder.
+        dtype (`str`, *optional*, defaults to `"auto"`): of the saved weights; `"auto"` is that of the checkpoint.
+
+    Returns:
+        `ILVRForConditionalGeneration`: the model that was saved.
+
+    Raises:
+        ValueError: if the config lacks a latent field, a weight file is missing or holds more than tensors, the
+            weights do not fit the config, the tokenizer gives other ids, or `output_dir` is not empty.
+
+    Example:
+
+    ```python
+    >>> from ilvr.commands.convert import convert_checkpoint
+
+    >>> convert_checkpoint("reference-checkpoint", "ilvr-7b")
+    ```
+    """
+    if os.path.isdir(output_dir) and os.listdir(output_dir):
+        raise ValueError(f"{output_dir} is not empty: give a new `output_dir`, where no old weights stay behind.")
+    _check_config(checkpoint)
+    _check_shards(checkpoint)
+    processor = ILVRProcessor.from_backbone(checkpoint)
+    try:
+        model = ILVRForConditionalGeneration.from_backbone(checkpoint, dtype=dtype, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"A weight file of {checkpoint} is damaged or holds more than tensors, and is not loaded, since that "
+            "could run code. Ask its authors for safetensors."
+        ) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(processor.latent_token_ids) >= rows:
+        raise ValueError(
+            f"{checkpoint} has latent ids {processor.latent_token_ids}, but embeddings of {rows} rows: these are not "
+            "the weights that were trained with this tokenizer."
+        )
+    for name in REFERENCE_FIELDS:
+        delattr(model.config.vlm_config, name)  # they have their place in ILVRConfig; two places can disagree
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    return model
+
+
+def _check_config(checkpoint: str):
+    config = AutoConfig.from_pretrained(checkpoint)
+    absent = [name for name in REFERENCE_FIELDS if getattr(config, name, None) is None]
+    if absent:
+        raise ValueError(
+            f"The config.json of {checkpoint} has no {', '.join(absent)}, which the reference code writes. Add what "
+            "the checkpoint was trained with. A plain backbone needs no conversion: start from "
+            "`ILVRForConditionalGeneration.from_backbone`."
+        )
+
+
+def _check_shards(checkpoint: str):
+    """Looks for the files of a local index before gigabytes are read."""
+    for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        path = os.path.join(checkpoint, index)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                shards = set(json.load(file)["weight_map"].values())
+            absent = sorted(shards - set(os.listdir(checkpoint)))
+            if absent:
+                raise ValueError(
+                    f"{index} names {len(shards)} weight files, of which {checkpoint} lacks {', '.join(absent)}: copy "
+                    "or download them."
+                )
+
+
+def main(arguments: list[str] | None = None):
+    """`ilvr convert CHECKPOINT OUTPUT_DIR [--dtype bfloat16]`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))[:2]
+    named = [part for pair in zip(("--checkpoint", "--output_dir"), words) for part in pair]
+    parser = TrlParser((ConvertOptions,), prog="ilvr convert")
+    (options,) = parser.parse_args_and_config([*named, *arguments[len(words) :]])
+    model = convert_checkpoint(options.checkpoint, options.output_dir, dtype=options.dtype)
+    config = model.config
+    ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
+    print(f"{options.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
+
+
+if __name__ == "__main__":
+    main()
