@@ -7,6 +7,7 @@ PACKAGE_DIR = {
     "ilvr.data": "data",
     "ilvr.evaluation": "evaluation",
     "ilvr.hub_cards": "hub_cards",
+    "ilvr.commands": "commands",
 }
 
 setup(

@@ -1,0 +1,1 @@
+"""The `ilvr` command: thin doors to functions that a script can call as well."""
