@@ -1,1 +1,1 @@
-"""Commands: thin doors to functions that a script can call."""
+"""The `ilvr` command: thin doors to functions that a script can call as well."""

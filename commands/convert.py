@@ -8,7 +8,6 @@ the backbone's own config.
 import json
 import os
 import pickle
-import sys
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -115,9 +114,8 @@ def _check_shards(checkpoint: str):
                 )
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str]) -> int:
     """`ilvr convert CHECKPOINT OUTPUT_DIR [--dtype bfloat16]`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))[:2]
     named = [part for pair in zip(("--checkpoint", "--output_dir"), words) for part in pair]
     parser = TrlParser((ConvertOptions,), prog="ilvr convert")
@@ -126,7 +124,4 @@ def main(arguments: list[str] | None = None):
     config = model.config
     ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
     print(f"{options.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,14 +1,12 @@
 """From conversations to token ids, before training starts: every sample is checked, every error names its sample."""
 
-import io
-import warnings
-
 import torch
 from datasets import Features, Image, IterableDataset, List, Value
-from PIL import Image as PILImage
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from transformers.utils import logging
+
+from ilvr.data.images import open_image
 
 
 logger = logging.get_logger(__name__)
@@ -138,24 +136,6 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, name, keep_pix
         helper = encode_helper_images([images[i] for i in helper_order], processor)
         prepared[USER_IMAGES], prepared[HELPER_IMAGES] = pack(user, keep_pixels), pack(helper, keep_pixels)
     return prepared
-
-
-def open_image(image, where: str) -> PILImage.Image:
-    """Decodes an image of a sample: a PIL image, or `datasets`' dict of `bytes` and `path`."""
-    if isinstance(image, PILImage.Image):
-        return image.convert("RGB")
-    source = image.get("path") if isinstance(image, dict) else image
-    data = image.get("bytes") if isinstance(image, dict) else None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            return PILImage.open(io.BytesIO(data) if data is not None else source).convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"{where}: there is no file {source}. Correct the path or leave the sample out.") from error
-    except (OSError, AttributeError, PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it."
-        ) from error
 
 
 def assign_images(messages: list[dict], num_images: int, where: str) -> tuple[list[int], list[int]]:

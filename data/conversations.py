@@ -1,0 +1,168 @@
+"""The common form of all sources: TRL's vision conversations.
+
+`messages` has turns of parts, `{"type": "text", "text": …}` or `{"type": "image"}`; `images` are in the order of the
+image parts. An image part in an assistant turn is a helper image, the target of a latent span.
+"""
+
+import json
+from collections.abc import Callable
+
+from datasets import Features, Image, List, Value
+
+from ilvr.configuration_ilvr import LATENT_TOKENS
+
+
+ROLES = ("system", "user", "assistant")
+FEATURES = Features(
+    {
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "images": List(Image(decode=False)),
+        "answer": Value("string"),
+        "metadata": Value("string"),
+    }
+)
+
+
+class SampleError(ValueError):
+    """What is wrong with one field of a sample, and how to mend it."""
+
+    def __init__(self, field: str, problem: str):
+        # What a row holds may be no valid Unicode, and must not break the printing of its error.
+        super().__init__(f"{field}: {problem}".encode(errors="backslashreplace").decode())
+        self.field = field
+
+
+class ConversationBuilder:
+    """Puts a conversation together, turn by turn and part by part.
+
+    Args:
+        locate (`Callable[[value, field], dict]`): finds an image, see [`~ilvr.data.images.locate_image`].
+    """
+
+    def __init__(self, locate: Callable[[object, str], dict]):
+        self.locate = locate
+        self.messages: list[dict] = []
+        self.images: list[dict] = []
+
+    def add_turn(self, role: str, field: str):
+        """Starts a turn; parts are added to it.
+
+        Raises:
+            SampleError: if the role is none of system, user and assistant.
+        """
+        if role not in ROLES:
+            raise SampleError(field, f"unknown role {role!r}. Use one of {', '.join(ROLES)}.")
+        self.messages.append({"role": role, "content": []})
+
+    def add_text(self, text, field: str):
+        """Adds a text part; none for an empty text.
+
+        Raises:
+            SampleError: if it is no text, or holds one of the latent tokens, which stand for images.
+        """
+        if not isinstance(text, str):
+            raise SampleError(field, f"must be a text, got {text!r:.80}. Correct the field or leave the sample out.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no file can store
+            raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
+        found = [token for token in LATENT_TOKENS if token in text]
+        if found:
+            raise SampleError(
+                field, f"the text holds {found[0]}. Latent tokens are made from images; remove them from the text."
+            )
+        if text:
+            self.messages[-1]["content"].append({"type": "text", "text": text})
+
+    def add_image(self, value, field: str):
+        """Adds an image part; see [`~ilvr.data.images.locate_image`] for the values and errors."""
+        self.images.append(self.locate(value, field))
+        self.messages[-1]["content"].append({"type": "image", "text": None})
+
+    def add_marked_text(self, text, mark: str, images: list[tuple[object, str]], field: str):
+        """Adds a text with an image in the place of each mark.
+
+        Args:
+            text (`str`): the text.
+            mark (`str`): stands for an image.
+            images (`list[tuple]`): value and field of each image, in order.
+            field (`str`): names the text in errors.
+
+        Raises:
+            SampleError: if there are not as many marks as images.
+        """
+        pieces = text.split(mark) if isinstance(text, str) else [text]
+        if len(pieces) - 1 != len(images):
+            raise SampleError(
+                field,
+                f"the text has {len(pieces) - 1} times {mark}, but there are {len(images)} images. Mark each once.",
+            )
+        for piece, image in zip(pieces, [*images, None]):
+            self.add_text(piece, field)
+            if image is not None:
+                self.add_image(*image)
+
+    def finish(self, row: dict, used: set[str], answer) -> dict:
+        """The sample with the columns of `FEATURES`.
+
+        Args:
+            row (`dict`): the row it was made from.
+            used (`set[str]`): fields of the row that are in the conversation; the others go to `metadata`, as JSON.
+            answer (`str`, *optional*): the final answer.
+
+        Raises:
+            SampleError: if there is nothing to answer, or nothing to learn from.
+        """
+        has_words = {m["role"] for m in self.messages if any((p["text"] or "").strip() for p in m["content"])}
+        for role in ("user", "assistant"):
+            # An image alone asks nothing and answers nothing.
+            if role not in has_words:
+                raise SampleError(f"{role} turn", "has no words. Add them or leave the sample out.")
+        metadata = {name: value for name, value in row.items() if name not in used and value is not None}
+        return {
+            "messages": self.messages,
+            "images": self.images,
+            "answer": None if answer is None else str(answer),
+            "metadata": json.dumps(metadata, default=str),
+        }
+
+
+def required(row: dict, field: str):
+    """A field that a row must have.
+
+    Raises:
+        SampleError: if it is missing or null.
+    """
+    if row.get(field) is None:
+        raise SampleError(field, f"is missing; the row has {', '.join(map(str, row)) or 'no fields'}. Add it.")
+    return row[field]
+
+
+def as_list(value, field: str, of: type = object) -> list:
+    """A list of objects of one type.
+
+    Raises:
+        SampleError: if it is no list, or one of its elements has another type.
+    """
+    if not isinstance(value, list):
+        raise SampleError(field, f"must be a list, got {value!r:.80}. Correct the field.")
+    for i, element in enumerate(value):
+        if not isinstance(element, of):
+            raise SampleError(f"{field}[{i}]", f"must be a {of.__name__}, got {element!r:.80}. Correct the field.")
+    return value
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{…}` of a text holds, braces balanced; `None` without one."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return None

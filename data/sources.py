@@ -1,0 +1,210 @@
+"""Data sets of any known format as conversations: files are read row by row, everything else by `datasets`."""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from ilvr import __version__
+
+from . import mirage, monet, native, reference_jsonl, zebra_cot
+from .conversations import FEATURES, SampleError
+from .images import locate_image
+from .row_files import Row, read_rows
+
+
+logger = logging.getLogger(__name__)
+
+FORMATS = {
+    "native": (native.FIELDS, native.read_native),
+    "reference": (reference_jsonl.FIELDS, reference_jsonl.read_reference),
+    "mirage": (mirage.FIELDS, mirage.read_mirage),
+    "zebra_cot": (zebra_cot.FIELDS, zebra_cot.read_zebra_cot),
+    "monet": (monet.FIELDS, monet.read_monet),
+}
+ROW_FILES = (".jsonl", ".json")
+
+
+def load_conversations(
+    path: str,
+    *,
+    format: str | None = None,
+    image_root: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    skip_bad_samples: bool = False,
+    **kwargs,
+) -> Dataset | IterableDataset:
+    """Loads a data set of any known format as conversations to train on.
+
+    Args:
+        path (`str`): a `.jsonl` or `.json` file, or what `datasets.load_dataset` takes: a folder or a Hub id; also a
+            folder that `save_to_disk` wrote, or a Parquet file.
+        format (`str`, *optional*): `native`, `reference`, `mirage`, `zebra_cot` or `monet`; recognised from the fields
+            of each row by default.
+        image_root (`str`, *optional*, defaults to the folder of the data): holds all images; paths are relative to it
+            and may not leave it.
+        split (`str`, *optional*, defaults to `"train"`): for `load_dataset`; of a file only a label.
+        streaming (`bool`, *optional*, defaults to `False`): read while iterating, nothing is written to the cache.
+        skip_bad_samples (`bool`, *optional*, defaults to `False`): leaves bad samples out, with a warning for each.
+        kwargs: for `load_dataset`, such as `name` or `revision`.
+
+    Returns:
+        `datasets.Dataset`, or `IterableDataset` if streaming, with `messages` (turns with content parts), `images`
+        (encoded, in the order of the image parts; decoded when they are used), `answer` (`None` if the source has
+        none) and `metadata` (the row's other fields, as JSON).
+
+    Raises:
+        ValueError: names the first bad sample by its line, or by its number from 0 if it has no line, the field and
+            the remedy; also for an unknown format, a missing file and a file without samples.
+
+    Example:
+
+    ```python
+    >>> dataset = load_conversations("comt/TRAIN.jsonl", image_root="comt/images_comt")
+    >>> dataset = load_conversations("multimodal-reasoning-lab/Maze", streaming=True)
+    ```
+    """
+    root = find_image_root(path, image_root)
+    options = {"format": check_format(format), "image_root": root, "skip_bad_samples": skip_bad_samples}
+    if not is_row_file(path):
+        dataset = _load_rows(path, split=split, streaming=streaming, **kwargs)
+        return dataset.map(
+            partial(_convert_batch, source=path, **options),
+            batched=True,
+            batch_size=32,
+            with_indices=True,
+            remove_columns=dataset.column_names or list(next(iter(dataset))),
+            features=FEATURES,
+        )
+    file = Path(path).resolve()
+    # For the cache of `datasets`, which would return the old samples of a file, or of a reader, that has changed.
+    status = file.stat()
+    arguments = {"path": str(file), "version": (__version__, status.st_mtime_ns, status.st_size), **options}
+    if streaming:
+        return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+    try:
+        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # what is wrong with which sample
+        raise
+
+
+def iterate_rows(path: str, **kwargs) -> Iterator[Row]:
+    """Rows of a data set, one at a time: number, row or error, and progress.
+
+    The number is the line, from 1, with bytes as progress, for a `.jsonl` or `.json` file; else that of the sample,
+    from 0, with 1 as progress. `kwargs` are for `load_dataset`.
+    """
+    if is_row_file(path):
+        yield from read_rows(Path(path))
+    else:
+        for number, row in enumerate(_load_rows(path, streaming=True, **kwargs)):
+            yield number, row, 1
+
+
+def convert(row: dict | SampleError, locate: Callable, format: str | None = None) -> tuple[dict, str]:
+    """The conversation of a row, with the name of the format it was in.
+
+    Args:
+        row (`dict` or `SampleError`): as [`iterate_rows`] gives it; an error is raised.
+        locate (`Callable[[value, field], dict]`): finds an image, see [`~ilvr.data.images.locate_image`].
+        format (`str`, *optional*): recognised from the row's fields by default.
+
+    Raises:
+        SampleError: names the bad field.
+    """
+    if isinstance(row, SampleError):
+        raise row
+    if format is None:
+        # A column of a data set that has no value in this row is not one of its fields.
+        present = {name for name, value in row.items() if value is not None}
+        format = next((name for name, (fields, _) in FORMATS.items() if fields <= present), None)
+    if format is None:
+        known = "; ".join(f"{name}: {', '.join(sorted(fields))}" for name, (fields, _) in FORMATS.items())
+        raise SampleError("row", f"the fields {sorted(present)} fit no known format ({known}). Name it with format=.")
+    return FORMATS[format][1](row, locate), format
+
+
+def is_row_file(path: str) -> bool:
+    """Whether a path names JSON lines or a JSON array, which are read here, and not by `datasets`."""
+    return Path(path).suffix in ROW_FILES
+
+
+def check_format(format: str | None) -> str | None:
+    """Returns `format`; raises ValueError for an unknown one."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"Unknown format {format!r}; choose one of {list(FORMATS)}.")
+    return format
+
+
+def find_image_root(path: str, image_root: str | None) -> Path | None:
+    """The resolved folder of the images: `image_root`, or that of local data; `None` for a Hub id.
+
+    Raises:
+        ValueError: if the data file or the folder does not exist.
+    """
+    data = Path(path)
+    if is_row_file(path) and not data.is_file():
+        raise ValueError(f"There is no file {path}. Correct the path.")
+    if image_root is None and data.exists():
+        image_root = data if data.is_dir() else data.parent
+    if image_root is None:
+        return None
+    if not Path(image_root).is_dir():
+        raise ValueError(f"image_root={image_root} is no folder. Name the folder that the image paths start from.")
+    return Path(image_root).resolve()
+
+
+def describe(path: str, number: int) -> str:
+    """Names a sample in a message."""
+    return f"{path}, {'line' if is_row_file(path) else 'sample'} {number}"
+
+
+def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs) -> Dataset | IterableDataset:
+    data = Path(path)
+    if (data / "state.json").is_file():
+        dataset = load_from_disk(path)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    elif data.is_file():
+        dataset = load_dataset(str(data.parent), data_files=[data.name], split=split, streaming=streaming, **kwargs)
+    else:
+        dataset = load_dataset(path, split=split, streaming=streaming, **kwargs)
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
+def _generate(path, version, format, image_root, skip_bad_samples) -> Iterator[dict]:
+    is_empty = True
+    for number, row, _ in read_rows(Path(path)):
+        sample = _convert_or_skip(row, number, path, format, image_root, skip_bad_samples)
+        if sample is not None:
+            is_empty = False
+            yield sample
+    if is_empty:
+        raise ValueError(f"{path} has no good samples. `ilvr check-data` says why.")
+
+
+def _convert_batch(batch: dict, indices: list[int], *, source, **options) -> dict:
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    samples = [_convert_or_skip(row, number, source, **options) for row, number in zip(rows, indices)]
+    return {name: [sample[name] for sample in samples if sample is not None] for name in FEATURES}
+
+
+def _convert_or_skip(row, number, source, format, image_root, skip_bad_samples) -> dict | None:
+    try:
+        return convert(row, partial(locate_image, image_root=image_root), format)[0]
+    except SampleError as error:
+        message = f"{describe(source, number)}: {error}"
+        if not skip_bad_samples:
+            raise ValueError(message) from error
+        logger.warning(f"{message} The sample is left out.")
+        return None
