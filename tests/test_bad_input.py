@@ -1,14 +1,17 @@
 """Bad input gets an error that names the sample and the remedy, before training starts."""
 
 import copy
+import re
 
 import pytest
 from conftest import make_sample
 from datasets import Dataset, Features, Image, List, Value
+from test_trainer import make_dataset
 from transformers import BertConfig
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer.data_preparation import prepare_dataset
 
 
 GOOD = make_sample(["Right", "Up"])
@@ -16,7 +19,7 @@ GOOD = make_sample(["Right", "Up"])
 
 def start_training(model, processor, samples, folder, **kwargs):
     """What a user does; fails before `train()` if it fails as it should."""
-    dataset = Dataset.from_list(samples).cast_column("images", List(Image()))
+    dataset = make_dataset(samples)
     args = ILVRTrainingConfig(
         str(folder), **{"stage": 1, "bf16": False, "report_to": "none", "use_cpu": True, **kwargs}
     )
@@ -78,9 +81,28 @@ def test_trace_without_helper_images_in_stage_1(model, processor, tmp_path):
         start_training(model, processor, [GOOD, make_sample(["Right"])], tmp_path)
 
 
-def test_over_long_sequence(model, processor, tmp_path):
-    with pytest.raises(ValueError, match=r"Sample 1 of the train data has \d+ tokens, more than max_length=60"):
-        start_training(model, processor, [GOOD, make_sample(["Right " * 60, "Up"])], tmp_path, max_length=60)
+def test_over_long_samples_are_dropped_counted_and_listed(model, processor, tmp_path, monkeypatch):
+    """Never cut: a cut could fall into a span or an image."""
+    messages = []
+    monkeypatch.setattr("ilvr.trainer.data_preparation.logger.warning", messages.append)
+    long = make_sample(["Right " * 60, "Up"])
+    trainer = start_training(model, processor, [GOOD, long, GOOD, long], tmp_path, max_length=60)
+    assert len(trainer.train_dataset) == 2 and max(trainer.train_dataset["length"]) <= 60
+    (message,) = messages
+    assert re.match(
+        r"2 of 4 samples of the train data .* max_length=60 .* 1 \(\d+ tokens\), 3 \(\d+ tokens\)", message
+    )
+    with pytest.raises(ValueError, match=r"All 1 samples of the train data are longer than max_length=60"):
+        start_training(model, processor, [long], tmp_path, max_length=60)
+
+
+def test_over_long_samples_of_a_stream_are_dropped_and_listed(processor, monkeypatch):
+    messages = []
+    monkeypatch.setattr("ilvr.trainer.data_preparation.logger.warning", messages.append)
+    stream = make_dataset([GOOD, make_sample(["Right " * 60, "Up"]), GOOD]).to_iterable_dataset()
+    kept = list(prepare_dataset(stream, processor, stage=1, max_length=60))
+    assert len(kept) == 2
+    assert len(messages) == 1 and "Sample 1 of the train data is dropped" in messages[0]
 
 
 def test_latent_ids_in_user_text(model, processor, tmp_path):

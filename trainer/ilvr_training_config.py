@@ -51,7 +51,7 @@ class ILVRTrainingConfig(SFTConfig):
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-5, `weight_decay` 0.01, `num_train_epochs` 15,
     > `per_device_train_batch_size` 1, `gradient_accumulation_steps` 8, `max_grad_norm` 1.0, `max_length` `None` (no
-    > sequence is ever cut: a longer one is an error), `remove_unused_columns` `False`.
+    > sequence is ever cut: samples longer than `max_length` are dropped and listed), `remove_unused_columns` `False`.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -62,7 +62,7 @@ class ILVRTrainingConfig(SFTConfig):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest sequence allowed, in tokens. A longer sample is an error before training starts."},
+        metadata={"help": "Longest sequence kept, in tokens. Longer samples are dropped before training, and listed."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the data set's own columns."}
