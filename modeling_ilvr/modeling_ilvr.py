@@ -146,6 +146,7 @@ class ILVRModel(ILVRPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        min_chunks: int | None = None,
         **kwargs,
     ) -> ILVRModelOutput:
         """Runs the backbone and fills the latent positions of `input_ids`.
@@ -161,6 +162,8 @@ class ILVRModel(ILVRPreTrainedModel):
             latent_values (`torch.FloatTensor` of shape `(B, S, K, D)`, *optional*): latents to put in.
             latent_mask (`torch.BoolTensor` of shape `(B, S, K)`, *optional*, defaults to all): which of them are put
                 in; the other positions keep the embedding of `<|latent_pad|>`.
+            min_chunks (`int`, *optional*): lengthens the walk by forwards of no effect up to this many. The ranks of a
+                model that is sharded have to run equally many, since each gathers weights from all.
             kwargs: further inputs of the backbone (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …).
 
         Raises:
@@ -182,12 +185,16 @@ class ILVRModel(ILVRPreTrainedModel):
             embeds = self.get_input_embeddings()(input_ids)
             embeds = torch.where(pads.unsqueeze(-1), feedback.unsqueeze(1).to(embeds.dtype), embeds)
             outputs = self.core(inputs_embeds=embeds, **inputs)
-        elif pads is None or not pads.any():
+        elif pads is None or not (min_chunks or pads.any()):
             outputs = self.core(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
+            if self.training and self.config.latent_head != "identity":
+                # A rank whose batch has no span gives its latent head a gradient too, of zero, or DDP would wait.
+                hidden = outputs.last_hidden_state
+                outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
         else:
             inputs = self._encode(input_ids, inputs)
             if latent_values is None:
-                return self._rollout(input_ids, pads, **inputs)
+                return self._rollout(input_ids, pads, min_chunks or 0, **inputs)
             return self._forced(input_ids, pads, latent_values, latent_mask, **inputs)
         return self._with_feedback(outputs)
 
@@ -251,6 +258,7 @@ class ILVRModel(ILVRPreTrainedModel):
         self,
         input_ids,
         pads,
+        min_chunks,
         *,
         attention_mask,
         position_ids,
@@ -274,8 +282,9 @@ class ILVRModel(ILVRPreTrainedModel):
 
         placeholders = self._placeholders(input_ids)
         hidden, hidden_states, starts, fed = [], [], [], []
+        bounds = chunk_bounds(pads)
         with checkpointing_with_cache(self.core):
-            for start, stop in chunk_bounds(pads):
+            for start, stop in bounds:
                 chunk = embeds[:, start:stop]
                 if feedback is not None:
                     first = torch.where(pads[:, start, None], feedback.to(chunk.dtype), chunk[:, 0])  # (B, D)
@@ -299,11 +308,16 @@ class ILVRModel(ILVRPreTrainedModel):
                 feedback = self.latent_head(outputs.last_hidden_state[:, -1])  # (B, D)
                 cache = cache if keep_cache else cache.advance()
         outputs.last_hidden_state = torch.cat(hidden, dim=1)
+        for _ in range(len(bounds), min_chunks):
+            idle = self.core(inputs_embeds=embeds[:, :1], position_ids=position_ids[..., :1], use_cache=False)
+            outputs.last_hidden_state = outputs.last_hidden_state + 0 * idle.last_hidden_state
         outputs.past_key_values = past_key_values
         outputs.attentions = None
         if output_hidden_states:
             outputs.hidden_states = tuple(torch.cat(layer, dim=1) for layer in zip(*hidden_states))
 
+        if not pads.any():
+            return self._with_feedback(outputs)
         columns = torch.tensor(starts, device=embeds.device)
         fed = embeds.index_copy(1, columns, torch.stack(fed, dim=1))  # (B, T, D): what each column was given
         num_spans = -(-int(pads.sum(1).max()) // self.config.latent_size)

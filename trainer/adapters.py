@@ -11,8 +11,9 @@ def ilvr_model(model):
 
 
 def vision_modules(model) -> list[str]:
-    """Names of the parts of the backbone that are not its text decoder: vision tower and merger."""
-    core = model.model.core
+    """Names, in an ILVR model with or without its head, of the parts of the backbone that are not its text decoder:
+    vision tower and merger."""
+    core = getattr(model, "core", None) or model.model.core
     prefix = next(name for name, module in model.named_modules() if module is core)
     decoder = core.get_decoder()
     return [f"{prefix}.{name}" for name, module in core.named_children() if module is not decoder]

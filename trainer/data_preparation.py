@@ -22,7 +22,7 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
     Args:
         dataset (`Dataset` or `IterableDataset`): with `messages` (or `prompt` and `completion`) and `images`.
         processor ([`ILVRProcessor`]).
-        stage (`int`): 1 needs a helper image in each sample.
+        stage (`int`): 1 needs helper images; samples without any train as text.
         max_length (`int`, *optional*): longest sequence kept, in tokens. Longer samples are dropped, counted and
             listed in a warning: a sequence is never cut, for the cut could fall into a latent span or an image.
         name (`str`, *optional*, defaults to `"train"`): of the data set, for messages.
@@ -69,6 +69,11 @@ def prepare_dataset(dataset, processor, *, stage, max_length=None, name="train",
         limits = {"max_length": max_length, "name": name}
         return dataset if max_length is None else dataset.filter(_is_kept, with_indices=True, fn_kwargs=limits)
     dataset = dataset.map(prepare_sample, **shared, num_proc=num_proc, desc=f"Preparing {name} data")
+    if stage == 1 and not any(dataset["num_spans"]):
+        raise ValueError(
+            f"No sample of the {name} data has an image in an assistant turn, so stage 1 has nothing to align latents "
+            "with. Add helper images, or train in stage 2."
+        )
     return dataset if max_length is None else _drop_long(dataset, max_length, name)
 
 
@@ -101,11 +106,6 @@ def prepare_sample(sample: dict, index: int, *, processor, stage, name, keep_pix
     where = f"Sample {index} of the {name} data"
     messages = sample["messages"] if "messages" in sample else [*sample["prompt"], *sample["completion"]]
     user_order, helper_order = assign_images(messages, len(sample.get("images") or []), where)
-    if stage == 1 and not helper_order:
-        raise ValueError(
-            f"{where} has no image in an assistant turn, so stage 1 has nothing to align its latents with. Add helper "
-            "images, or train it in stage 2."
-        )
     used = user_order + (helper_order if stage == 1 else [])  # stage 2 does not look at helper images
     images = {i: open_image(sample["images"][i], f"{where}, image {i}") for i in used}
     try:

@@ -6,13 +6,14 @@ Shapes: B batch, T sequence, S spans, K latents a span, N candidates, D hidden, 
 import os
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from ilvr.hub_cards import ILVRModelCard
+from ilvr.latent_rollout import chunk_bounds
 
 from .adapters import complete_peft_config, freeze_vision_tower, ilvr_model
 from .data_collator import HELPER_PREFIX, LatentDataCollator
@@ -120,7 +121,7 @@ class ILVRTrainer(SFTTrainer):
             **kwargs,
         )
         if args.stage == 1:
-            self.teacher = MomentumTeacher(self.student, args.teacher_decay)
+            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay)
             self.add_callback(TeacherUpdateCallback(self))
         if args.cache_images and args.freeze_vision_tower:
             self.train_dataset = self._cache_features(self.train_dataset)
@@ -150,7 +151,7 @@ class ILVRTrainer(SFTTrainer):
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         if self.args.freeze_vision_tower:
             inputs = self._encode_user_images(inputs)
-        targets = None
+        targets = target_mask = None
         if self.args.stage == 1:
             with torch.no_grad(), self.accelerator.autocast():
                 # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
@@ -163,7 +164,8 @@ class ILVRTrainer(SFTTrainer):
         outputs = model(
             **inputs,
             latent_values=targets,
-            latent_mask=None if targets is None else target_mask,
+            latent_mask=target_mask,
+            min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
             logits_to_keep=columns,
             use_cache=False,
         )
@@ -173,17 +175,39 @@ class ILVRTrainer(SFTTrainer):
         ce = token_loss(outputs.logits, labels, num_items=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             ce = ce * self.accelerator.num_processes
-        loss = ce
+        loss = self.args.ce_weight * ce if self.args.stage == 1 else ce
         if targets is not None:
             alignment, cosine = alignment_loss(
                 outputs.predicted_latents, targets, target_mask, noise_std=self.args.alignment_noise
             )
-            # `num_items_in_batch` divides the cross-entropy by the tokens of all micro-batches of a step.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = self.args.ce_weight * ce + self.args.alignment_weight * alignment / steps
             self._record(alignment_loss=alignment, latent_cosine=cosine)
+            # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
+            if num_items_in_batch is not None:
+                alignment = alignment * target_mask.flatten(1).any(1).sum() / self._samples_per_rank
+            loss = loss + self.args.alignment_weight * alignment
         self._record_tokens(inputs, outputs.logits, labels)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Counts, beside the words, the samples with targets in all micro-batches of a step: their mean over ranks."""
+        start_id = self.student.config.latent_start_token_id
+        count = sum((batch["input_ids"] == start_id).any(1).sum() for batch in batch_samples)
+        self._samples_per_rank = torch.as_tensor(count, dtype=torch.float32, device=device)
+        if self.args.average_tokens_across_devices:
+            self._samples_per_rank = self.accelerator.reduce(self._samples_per_rank, "mean")
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether each forward of a layer gathers weights from all ranks."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
+
+    def _chunks_of_all_ranks(self, input_ids) -> int | None:
+        if self.args.stage == 1 or not self._is_sharded:
+            return None
+        pads = input_ids == self.student.config.latent_pad_token_id
+        return int(self.accelerator.gather(torch.tensor([len(chunk_bounds(pads))], device=pads.device)).max())
 
     def _encode_user_images(self, inputs: dict) -> dict:
         with torch.no_grad(), self.accelerator.autocast():
@@ -194,12 +218,16 @@ class ILVRTrainer(SFTTrainer):
         """Targets (B, S, K, D) and their mask (B, S, K)."""
         args, input_ids = self.args, inputs["input_ids"]
         config = self.student.config
-        vision = self.student if args.freeze_vision_tower else self.teacher.model
-        outputs = image_outputs(helper_inputs, vision.model.core)
-        features = flatten_features(outputs.pooler_output).float().split(helper_inputs["image_lengths"].tolist())
-        groups = [group_candidates(f, args.max_candidates) for f in features]  # one (N, D) for each helper image
         counts = (input_ids == config.latent_start_token_id).sum(1)  # (B,): spans of each row
         num_spans = int(counts.max())
+        if not num_spans:
+            if self._is_sharded:
+                self._teacher_states(inputs, num_spans)  # other ranks gather the teacher's weights from this one
+            return None, None
+        vision = self.student.model if args.freeze_vision_tower else self.teacher.model
+        outputs = image_outputs(helper_inputs, vision.core)
+        features = flatten_features(outputs.pooler_output).float().split(helper_inputs["image_lengths"].tolist())
+        groups = [group_candidates(f, args.max_candidates) for f in features]  # one (N, D) for each helper image
         padded = pad_sequence(groups, batch_first=True)  # (images, N, D)
         owner = torch.arange(num_spans, device=counts.device) < counts.unsqueeze(1)  # (B, S): which spans there are
         candidates = padded.new_zeros(*owner.shape, *padded.shape[1:])
@@ -242,7 +270,7 @@ class ILVRTrainer(SFTTrainer):
         config = self.student.config
         shape = (len(inputs["input_ids"]), num_spans, config.latent_size)
         unused = torch.zeros(*shape, config.get_text_config().hidden_size, device=inputs["input_ids"].device)
-        outputs = self.teacher.model.model(
+        outputs = self.teacher.model(
             **inputs, latent_values=unused, latent_mask=unused[..., 0].bool(), use_cache=False
         )
         return outputs.last_hidden_state.float()
@@ -250,10 +278,18 @@ class ILVRTrainer(SFTTrainer):
     # -------------------------------------------------------------------------------------------------------- the log
 
     def _record(self, **values):
+        """Keeps values of this rank; ranks may record unequally often, and are averaged in `log`."""
         mode = "train" if self.model.training else "eval"
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
-            self._metrics[mode][name].append(self.accelerator.gather(value).nanmean().item())
+            self._metrics[mode][name].append(float(value))
+
+    def _average_over_ranks(self, mode: str):
+        sums = {name: (sum(values), len(values)) for name, values in self._metrics[mode].items() if values}
+        ranks = gather_object([sums]) if self.accelerator.num_processes > 1 else [sums]
+        self._metrics[mode].clear()
+        for name in sorted(set().union(*ranks)):
+            total, count = (sum(numbers) for numbers in zip(*(rank[name] for rank in ranks if name in rank)))
+            self._metrics[mode][name] = [total / count]
 
     @torch.no_grad()
     def _record_tokens(self, inputs, logits, labels):
@@ -273,8 +309,9 @@ class ILVRTrainer(SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs, start_time=None):
+        self._average_over_ranks("train" if self.model.training else "eval")
         if self.teacher is not None and self.model.training:
-            logs["teacher_distance"] = self.teacher.distance(self.student)
+            logs["teacher_distance"] = self.teacher.distance(self.student.model)
             similarity = self._metrics["train"].get("target_similarity")
             if similarity and sum(similarity) / len(similarity) > 0.99:
                 logger.warning_once(
@@ -335,9 +372,9 @@ class ILVRTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.teacher is not None and self.args.should_save:
+        if self.teacher is not None:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            self.teacher.save(folder)
+            self.teacher.save(folder, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

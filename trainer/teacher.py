@@ -3,7 +3,9 @@
 import copy
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from .adapters import vision_modules
@@ -17,10 +19,11 @@ class MomentumTeacher:
 
     The copy is kept in fp32, because a bf16 average with decay 0.999 never moves: the step is below the rounding. It
     lives outside the student's module tree, so that neither saving, DDP nor checkpointing sees it. Frozen weights are
-    shared with the student.
+    shared with the student; what the teacher has no use for is left out: the language-model head, since only its
+    hidden states are read, and a frozen vision tower, since image features come from the student's.
 
     Args:
-        student ([`ILVRForConditionalGeneration`]): not wrapped; adapters of PEFT are trained weights like others, so
+        student ([`ILVRModel`]): without the head, and not wrapped. Adapters of PEFT are trained weights like others:
             over a frozen base the teacher costs one fp32 copy of them.
         decay (`float`): 0.999 in the paper.
     """
@@ -28,42 +31,51 @@ class MomentumTeacher:
     def __init__(self, student: torch.nn.Module, decay: float):
         self.decay = decay
         unused = _unused_modules(student)
-        shared = {p for p in student.parameters() if not p.requires_grad}
-        shared.update(p for name in unused for p in student.get_submodule(name).parameters())
+        names = dict(student.named_parameters(remove_duplicate=False))
+        used = {id(p) for name, p in names.items() if not name.startswith(unused)}
+        shared = [p for p in names.values() if not p.requires_grad or id(p) not in used]
         self.model = copy.deepcopy(student, memo={id(p): p for p in shared}).eval()
-        self.model.__dict__.pop("forward", None)  # SFTTrainer patches the student's, bound to the student
         for name in unused:
-            self.model.set_submodule(name, torch.nn.Identity())
-        names = {name for name, _ in self.model.named_parameters()}
-        self.names = [name for name, p in student.named_parameters() if p.requires_grad and name in names]
-        for parameter in self._parameters():
+            self.model.set_submodule(name.rstrip("."), torch.nn.Identity())
+        self.names = [name for name, _ in self.model.named_parameters() if names[name].requires_grad]
+        for parameter in self.parameters():
             parameter.data = parameter.data.float()
         self.model.requires_grad_(False)
 
-    def _parameters(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[torch.Tensor]:
+        """The averaged weights."""
         parameters = dict(self.model.named_parameters())
         return [parameters[name] for name in self.names]
+
+    def shard(self, accelerator):
+        """Shards the teacher as accelerate's FSDP2 shards the student; its frozen weights are then its own."""
+        fsdp2_prepare_model(accelerator, self.model)
 
     @torch.no_grad()
     def update(self, student: torch.nn.Module):
         """Moves the teacher by one optimizer step of the student."""
         parameters = dict(student.named_parameters())
-        for name, average in zip(self.names, self._parameters()):
-            average.lerp_(parameters[name].to(average), 1 - self.decay)
+        for name, average in zip(self.names, self.parameters()):
+            average.lerp_(parameters[name].to(average.dtype), 1 - self.decay)
 
     @torch.no_grad()
     def distance(self, student: torch.nn.Module) -> float:
         """Relative L2 distance between the trained weights of teacher and student."""
         parameters = dict(student.named_parameters())
         gap = norm = 0.0
-        for name, average in zip(self.names, self._parameters()):
-            gap += (average - parameters[name].to(average)).square().sum()
-            norm += average.square().sum()
+        for name, average in zip(self.names, self.parameters()):
+            gap += _whole((average - parameters[name].to(average.dtype)).square().sum())
+            norm += _whole(average.square().sum())
         return float((gap / norm).sqrt())
 
-    def save(self, folder: str):
-        tensors = {name: p.detach().contiguous() for name, p in zip(self.names, self._parameters())}
-        save_file(tensors, f"{folder}/{TEACHER_FILE}")
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, whole on each rank."""
+        return {name: _whole(p.detach()).contiguous() for name, p in zip(self.names, self.parameters())}
+
+    def save(self, folder: str, is_main_process: bool = True):
+        tensors = self.state_dict()  # on all ranks: each has a shard
+        if is_main_process:
+            save_file(tensors, f"{folder}/{TEACHER_FILE}")
 
     @torch.no_grad()
     def load(self, folder: str):
@@ -73,20 +85,25 @@ class MomentumTeacher:
                 f"{folder}/{TEACHER_FILE} holds {len(tensors)} tensors, the teacher {len(self.names)}, and their "
                 "names differ: the checkpoint was made with other trained weights. Freeze the same parts as then."
             )
-        for name, parameter in zip(self.names, self._parameters()):
-            parameter.copy_(tensors[name])
+        for name, parameter in zip(self.names, self.parameters()):
+            saved = tensors[name]
+            if isinstance(parameter, DTensor):
+                saved = distribute_tensor(saved.to(parameter.device), parameter.device_mesh, parameter.placements)
+            parameter.copy_(saved)
 
 
-def _unused_modules(student) -> list[str]:
-    """Parts that the teacher has no use for: a frozen vision tower, since features come from the student's, and a head
-    with weights of its own, since only its hidden states are read."""
-    unused = [
-        n for n in vision_modules(student) if not any(p.requires_grad for p in student.get_submodule(n).parameters())
-    ]
-    head = student.get_output_embeddings()
-    if head.weight is not student.get_input_embeddings().weight:
-        unused += [name for name, module in student.named_modules() if module is head]
-    return unused
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _unused_modules(student) -> tuple[str, ...]:
+    """Prefixes of the parts that the teacher has no use for."""
+    head = student.vlm.get_output_embeddings()
+    unused = [name for name, module in student.named_modules() if module is head]
+    vision = vision_modules(student)
+    if not any(p.requires_grad for name in vision for p in student.get_submodule(name).parameters()):
+        unused += vision
+    return tuple(f"{name}." for name in unused)
 
 
 class TeacherUpdateCallback(TrainerCallback):
@@ -95,6 +112,11 @@ class TeacherUpdateCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # By now the engine has prepared the student, and a checkpoint to resume from has been read.
+        if self.trainer.accelerator.is_fsdp2:
+            self.trainer.teacher.shard(self.trainer.accelerator)
+
     def on_step_end(self, args, state, control, **kwargs):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
-            self.trainer.teacher.update(self.trainer.student)
+            self.trainer.teacher.update(self.trainer.student.model)
