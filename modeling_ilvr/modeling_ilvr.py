@@ -310,7 +310,7 @@ class ILVRModel(ILVRPreTrainedModel):
         outputs.last_hidden_state = torch.cat(hidden, dim=1)
         for _ in range(len(bounds), min_chunks):
             idle = self.core(inputs_embeds=embeds[:, :1], position_ids=position_ids[..., :1], use_cache=False)
-            outputs.last_hidden_state = outputs.last_hidden_state + 0 * idle.last_hidden_state
+            outputs.last_hidden_state = outputs.last_hidden_state + 0 * self.latent_head(idle.last_hidden_state)
         outputs.past_key_values = past_key_values
         outputs.attentions = None
         if output_hidden_states:

@@ -4,10 +4,12 @@ accelerate launch … distributed_run.py SETTINGS.json OUTPUT_DIR
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
 from conftest import make_sample
 from safetensors.torch import save_file
 from test_trainer import make_trainer
@@ -21,9 +23,17 @@ def whole(tensor):
     return tensor.detach().float().clone()
 
 
+def shard_on_cpu():
+    """Lets accelerate take CPU processes for GPUs: FSDP2 runs over gloo, but accelerate offers it on devices only."""
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
 def main(settings_file: str, output_dir: str):
     settings = json.loads(Path(settings_file).read_text())
     folder = settings.pop("folder")
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        shard_on_cpu()
     samples = [make_sample(words, question) for words, question in settings.pop("samples")]
     torch.manual_seed(0)
     model = ILVRForConditionalGeneration.from_pretrained(folder)

@@ -29,6 +29,7 @@ from .selection import (
     select_without_query,
     span_text_masks,
 )
+from .sharding import ShardingCallback, is_sharded, prepare_sharding
 from .teacher import MomentumTeacher, TeacherUpdateCallback
 
 
@@ -120,6 +121,9 @@ class ILVRTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        prepare_sharding(self.accelerator, self.student.model, args)
+        if self.accelerator.is_fsdp2:
+            self.add_callback(ShardingCallback(self))
         if args.stage == 1:
             self.teacher = MomentumTeacher(self.student.model, args.teacher_decay)
             self.add_callback(TeacherUpdateCallback(self))
@@ -197,14 +201,8 @@ class ILVRTrainer(SFTTrainer):
             self._samples_per_rank = self.accelerator.reduce(self._samples_per_rank, "mean")
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether each forward of a layer gathers weights from all ranks."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return self.accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
-
     def _chunks_of_all_ranks(self, input_ids) -> int | None:
-        if self.args.stage == 1 or not self._is_sharded:
+        if self.args.stage == 1 or not is_sharded(self.accelerator):
             return None
         pads = input_ids == self.student.config.latent_pad_token_id
         return int(self.accelerator.gather(torch.tensor([len(chunk_bounds(pads))], device=pads.device)).max())
@@ -221,7 +219,7 @@ class ILVRTrainer(SFTTrainer):
         counts = (input_ids == config.latent_start_token_id).sum(1)  # (B,): spans of each row
         num_spans = int(counts.max())
         if not num_spans:
-            if self._is_sharded:
+            if is_sharded(self.accelerator):
                 self._teacher_states(inputs, num_spans)  # other ranks gather the teacher's weights from this one
             return None, None
         vision = self.student.model if args.freeze_vision_tower else self.teacher.model
@@ -270,7 +268,7 @@ class ILVRTrainer(SFTTrainer):
         config = self.student.config
         shape = (len(inputs["input_ids"]), num_spans, config.latent_size)
         unused = torch.zeros(*shape, config.get_text_config().hidden_size, device=inputs["input_ids"].device)
-        outputs = self.teacher.model(
+        outputs = self.teacher(
             **inputs, latent_values=unused, latent_mask=unused[..., 0].bool(), use_cache=False
         )
         return outputs.last_hidden_state.float()

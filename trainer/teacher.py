@@ -5,10 +5,12 @@ import copy
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from .adapters import vision_modules
+from .sharding import gather_embeddings_once
 
 
 TEACHER_FILE = "teacher.safetensors"
@@ -50,6 +52,16 @@ class MomentumTeacher:
     def shard(self, accelerator):
         """Shards the teacher as accelerate's FSDP2 shards the student; its frozen weights are then its own."""
         fsdp2_prepare_model(accelerator, self.model)
+        gather_embeddings_once(self.model)
+
+    @torch.no_grad()
+    def __call__(self, **inputs):
+        """The teacher's outputs for the inputs of [`ILVRModel`]."""
+        outputs = self.model(**inputs)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # no backward pass does it
+        return outputs
 
     @torch.no_grad()
     def update(self, student: torch.nn.Module):
