@@ -1,6 +1,6 @@
-"""One training run of a few steps, alone or as one of several processes; launched by `test_distributed.py`.
+"""Training runs of a few steps, alone or as one of several processes; launched by `test_distributed.py`.
 
-accelerate launch … distributed_run.py SETTINGS.json OUTPUT_DIR
+torchrun … distributed_run.py RUNS.json OUTPUT_DIR
 """
 
 import json
@@ -11,16 +11,12 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, PartialState
 from conftest import make_sample
+from peft import LoraConfig
 from safetensors.torch import save_file
 from test_trainer import make_trainer
 from torch.distributed.tensor import DTensor
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-
-
-def whole(tensor):
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().float().clone()
 
 
 def shard_on_cpu():
@@ -29,24 +25,39 @@ def shard_on_cpu():
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
-def main(settings_file: str, output_dir: str):
-    settings = json.loads(Path(settings_file).read_text())
-    folder = settings.pop("folder")
-    if os.environ.get("ACCELERATE_USE_FSDP"):
-        shard_on_cpu()
-    samples = [make_sample(words, question) for words, question in settings.pop("samples")]
+def whole(tensor):
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().float().clone()
+
+
+def run(name: str, output_dir: Path, *, folder: str, samples: list, lora: bool = False, resume: int = 0, **settings):
+    """Trains and saves losses and whole weights; with `resume`, goes on from that step's checkpoint."""
     torch.manual_seed(0)
-    model = ILVRForConditionalGeneration.from_pretrained(folder)
-    processor = ILVRProcessor.from_pretrained(folder)
-    trainer = make_trainer(model, processor, f"{output_dir}/run", samples, optim="sgd", **settings)
-    trainer.train()
+    trainer = make_trainer(
+        ILVRForConditionalGeneration.from_pretrained(folder),
+        ILVRProcessor.from_pretrained(folder),
+        output_dir / "run",
+        [make_sample(words, question) for words, question in samples],
+        peft_config=LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if lora else None,
+        optim="sgd",
+        **settings,
+    )
+    checkpoint = output_dir / "run" / f"checkpoint-{resume}"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     weights = {name: whole(p) for name, p in trainer.student.named_parameters()}
     if trainer.teacher is not None:
         weights |= {f"teacher.{name}": p.clone() for name, p in trainer.teacher.state_dict().items()}
     if trainer.is_world_process_zero():
-        save_file(weights, f"{output_dir}/weights.safetensors")
-        Path(f"{output_dir}/log.json").write_text(json.dumps(trainer.state.log_history))
-        print("processes", trainer.accelerator.num_processes, type(trainer.model_wrapped).__name__)
+        save_file(weights, output_dir / f"{name}.safetensors")
+        facts = {"log": trainer.state.log_history, "wrapper": type(trainer.model_wrapped).__name__}
+        (output_dir / f"{name}.json").write_text(json.dumps(facts))
+
+
+def main(runs_file: str, output_dir: str):
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        shard_on_cpu()
+    for name, settings in json.loads(Path(runs_file).read_text()).items():
+        run(name, Path(output_dir), **settings)
 
 
 if __name__ == "__main__":

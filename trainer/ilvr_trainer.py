@@ -268,9 +268,7 @@ class ILVRTrainer(SFTTrainer):
         config = self.student.config
         shape = (len(inputs["input_ids"]), num_spans, config.latent_size)
         unused = torch.zeros(*shape, config.get_text_config().hidden_size, device=inputs["input_ids"].device)
-        outputs = self.teacher(
-            **inputs, latent_values=unused, latent_mask=unused[..., 0].bool(), use_cache=False
-        )
+        outputs = self.teacher(**inputs, latent_values=unused, latent_mask=unused[..., 0].bool(), use_cache=False)
         return outputs.last_hidden_state.float()
 
     # -------------------------------------------------------------------------------------------------------- the log
