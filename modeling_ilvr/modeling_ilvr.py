@@ -309,8 +309,11 @@ class ILVRModel(ILVRPreTrainedModel):
                 cache = cache if keep_cache else cache.advance()
         outputs.last_hidden_state = torch.cat(hidden, dim=1)
         for _ in range(len(bounds), min_chunks):
-            idle = self.core(inputs_embeds=embeds[:, :1], position_ids=position_ids[..., :1], use_cache=False)
-            outputs.last_hidden_state = outputs.last_hidden_state + 0 * self.latent_head(idle.last_hidden_state)
+            # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
+            idle = embeds[:, :1] + 0 * feedback.unsqueeze(1).to(embeds.dtype)
+            idle = self.core(inputs_embeds=idle, position_ids=position_ids[..., :1], use_cache=False).last_hidden_state
+            feedback = self.latent_head(idle[:, -1])
+            outputs.last_hidden_state = outputs.last_hidden_state + 0 * idle
         outputs.past_key_values = past_key_values
         outputs.attentions = None
         if output_hidden_states:

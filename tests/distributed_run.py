@@ -20,12 +20,17 @@ from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 
 
 def shard_on_cpu():
-    """Lets accelerate take CPU processes for GPUs: FSDP2 runs over gloo, but accelerate offers it on devices only."""
+    """Lets accelerate take CPU processes for GPUs: the engines run over gloo, but it offers them on devices only."""
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
 def whole(tensor):
+    if hasattr(tensor, "ds_id"):  # partitioned by ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().float().clone()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().float().clone()
 
@@ -54,7 +59,7 @@ def run(name: str, output_dir: Path, *, folder: str, samples: list, lora: bool =
 
 
 def main(runs_file: str, output_dir: str):
-    if os.environ.get("ACCELERATE_USE_FSDP"):
+    if "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         shard_on_cpu()
     for name, settings in json.loads(Path(runs_file).read_text()).items():
         run(name, Path(output_dir), **settings)

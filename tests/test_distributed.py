@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 from conftest import perturb
 from distributed_run import run
 from safetensors.torch import load_file
 
 from ilvr import ILVRForConditionalGeneration
+from ilvr.trainer.sharding import prepare_sharding
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
@@ -69,7 +72,7 @@ def launch(runs: dict, folder: Path, environment: dict):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr[-20000:]
 
 
 def fsdp_environment() -> dict:
@@ -80,15 +83,53 @@ def fsdp_environment() -> dict:
     return {"ACCELERATE_USE_FSDP": "true", **settings}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def engine(request, tmp_path_factory, folders):
-    folder = tmp_path_factory.mktemp(request.param)
-    environment = {"ACCELERATE_USE_CPU": "true"} if request.param == "ddp" else fsdp_environment()
-    # Without checkpoints on the way, and then with one that the second half goes on from.
-    runs = {name: {**settings_of(name, folders, 1), "use_cpu": request.param == "ddp"} for name in RUNS}
-    halves = {**runs["stage1"], "save_strategy": "steps", "save_steps": 2}
-    launch({**runs, "saved": halves, "resumed": {**halves, "resume": 2}}, folder, environment)
-    return request.param, folder
+def deepspeed_environment(stage: int) -> dict:
+    """What `accelerate launch` makes of a DeepSpeed config that is shipped."""
+    config = yaml.safe_load((CONFIGS / f"deepspeed_zero{stage}.yaml").read_text())["deepspeed_config"]
+    assert config["zero_stage"] == stage
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_GRADIENT_CLIPPING": str(config["gradient_clipping"]),
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+ENGINES = {
+    "ddp": ("DistributedDataParallel", list(RUNS)),
+    "fsdp2": ("FSDP", list(RUNS)),
+    "zero2": ("DeepSpeedEngine", ["stage1", "stage2", "untied"]),
+    "zero3": ("DeepSpeedEngine", ["stage2", "checkpointing"]),
+}
+CASES = [
+    pytest.param(engine, name, marks=[pytest.mark.slow] if "zero" in engine else [])
+    for engine, (_, names) in ENGINES.items()
+    for name in names
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, folders):
+    """Launches an engine once, with all its runs, and gives the folder of what they left."""
+    done = {}
+
+    def run_all(engine: str) -> Path:
+        if engine not in done:
+            if "zero" in engine:
+                pytest.importorskip("deepspeed")
+                environment = deepspeed_environment(int(engine[-1]))
+            else:
+                environment = {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else fsdp_environment()
+            runs = {n: {**settings_of(n, folders, 1), "use_cpu": engine == "ddp"} for n in ENGINES[engine][1]}
+            if "zero" not in engine:
+                saved = {**runs["stage1"], "save_strategy": "steps", "save_steps": 2}
+                runs |= {"saved": saved, "resumed": {**saved, "resume": 2}}
+            folder = tmp_path_factory.mktemp(engine)
+            launch(runs, folder, environment)
+            done[engine] = folder
+        return done[engine]
+
+    return run_all
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +140,48 @@ def alone(tmp_path_factory, folders):
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_like_one(engine, alone, name):
-    engine_name, folder = engine
+@pytest.mark.parametrize(("engine", "name"), CASES)
+def test_two_processes_train_like_one(results, alone, engine, name):
+    folder = results(engine)
     facts = json.loads((folder / f"{name}.json").read_text())
-    assert facts["wrapper"].startswith({"ddp": "DistributedDataParallel", "fsdp2": "FSDP"}[engine_name])
+    assert facts["wrapper"].startswith(ENGINES[engine][0])
     expected = json.loads((alone / f"{name}.json").read_text())
     for step, (log, other) in enumerate(zip(facts["log"], expected["log"], strict=True)):
         for key in {"loss", "grad_norm", "teacher_distance"} & other.keys():
             assert log[key] == pytest.approx(other[key], rel=1e-4), (step, key)
     found, weights = (load_file(where / f"{name}.safetensors") for where in (folder, alone))
-    assert found.keys() == weights.keys() and any(key.startswith("teacher.") for key in found) == (
-        "1" in str(RUNS[name])
-    )
+    assert found.keys() == weights.keys()
+    assert any(key.startswith("teacher.") for key in found) == (RUNS[name]["stage"] == 1)
     for key, weight in weights.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_resumed_processes_train_like_uninterrupted_ones(engine):
-    _, folder = engine
-    weights, resumed = (load_file(folder / f"{name}.safetensors") for name in ("stage1", "resumed"))
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_resumed_processes_train_like_uninterrupted_ones(results, engine):
+    weights, resumed = (load_file(results(engine) / f"{name}.safetensors") for name in ("stage1", "resumed"))
     for key, weight in weights.items():
         torch.testing.assert_close(resumed[key], weight, rtol=1e-6, atol=1e-7, msg=key)
+
+
+def fake_accelerator(*, fsdp_version=None, zero_stage=None, cpu_ram_efficient_loading=False):
+    fsdp = SimpleNamespace(cpu_ram_efficient_loading=cpu_ram_efficient_loading, ignored_modules=None)
+    state = SimpleNamespace(
+        fsdp_plugin=fsdp, deepspeed_plugin=None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
+    )
+    kind = DistributedType.FSDP if fsdp_version else DistributedType.DEEPSPEED
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp_version == 2, state=state, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "freeze", "message"),
+    [
+        ({"fsdp_version": 1}, True, "fsdp_version: 2"),
+        ({"fsdp_version": 2}, False, "freeze_vision_tower=True"),
+        ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, True, "cpu_ram_efficient_loading"),
+        ({"zero_stage": 3}, True, "ZeRO-3 has no way .* Use FSDP2"),
+    ],
+)
+def test_settings_that_cannot_train_stage_1_are_refused(model, settings, freeze, message):
+    args = SimpleNamespace(stage=1, freeze_vision_tower=freeze)
+    with pytest.raises(ValueError, match=message):
+        prepare_sharding(fake_accelerator(**settings), model.model, args)

@@ -41,9 +41,7 @@ def prepare_sharding(accelerator, student, args):
                 "like the student, or ZeRO-2 or DDP, where each rank has it whole; stage 2 runs with ZeRO-3."
             )
         return
-    if student.config.get_text_config().tie_word_embeddings and not isinstance(
-        student.get_input_embeddings(), Embedding
-    ):
+    if student.vlm.config.tie_word_embeddings and not isinstance(student.get_input_embeddings(), Embedding):
         raise ValueError(
             "FSDP2 cannot shard tied embeddings in which PEFT trains single rows. Train the adapter with DDP."
         )
