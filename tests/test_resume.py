@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import socket
+import time
 from functools import partial
 from pathlib import Path
 
@@ -209,6 +211,28 @@ def test_killed_runs_equal_an_uninterrupted_one(start, uninterrupted, tmp_path, 
     check_equal(tmp_path, uninterrupted(adapter, reference))
     folders = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
     assert folders == ["checkpoint-8"] if settings.get("save_total_limit") == 1 else ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_killed_at_random_times_equal_an_uninterrupted_one(start, uninterrupted, tmp_path, seed):
+    """From outside, whatever they do, saving at each step, until one gets to the end."""
+    draw, kills, arguments = random.Random(seed), 0, (start, tmp_path, None, False, {"save_steps": 1})
+    while True:
+        process = PROCESSES.Process(target=run, args=arguments)
+        process.start()
+        before = len(list(tmp_path.glob("checkpoint-*")))
+        while process.is_alive() and len(list(tmp_path.glob("checkpoint-*"))) == before and kills < 20:
+            time.sleep(0.005)  # loading takes longest: the delay counts from the first sign of a save
+        process.join(draw.uniform(0, 0.3) if kills < 20 else 120)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode is None
+        process.kill()
+        process.join()
+        kills += 1
+    check_equal(tmp_path, uninterrupted(False, {}))
+    assert kills > 2
 
 
 def start_ranks(*args) -> set[int | None]:
