@@ -14,7 +14,7 @@ import torch
 from datasets import load_dataset, load_from_disk
 from evaluate_frozen_lake import evaluate_frozen_lake
 from small_qwen import build_small_qwen
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerState
 from trl import TrlParser
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
@@ -22,6 +22,7 @@ from ilvr.data import frozen_lake_dataset
 from ilvr.data.frozen_lake_tasks import vocabulary
 from ilvr.hub_cards import ILVRModelCard
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer.checkpoints import last_whole_checkpoint
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Recipe:
         default=None, metadata={"help": "Hub id or folder of conversations with helper images."}
     )
     frozen_lake: dict = field(default_factory=dict, metadata={"help": "FrozenLake maps, if there is no dataset."})
-    resume: bool = field(default=False, metadata={"help": "Whether phases go on from their last checkpoints."})
+    resume: bool = field(default=False, metadata={"help": "Whether phases go on from their last whole checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, maps and the order of the data."})
     training: dict = field(default_factory=dict, metadata={"help": "Training arguments of all phases."})
     base: dict = field(default_factory=dict, metadata={"help": "The phase that makes a small backbone see."})
@@ -79,9 +80,15 @@ def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
         train_dataset=load_data(recipe, phase),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if recipe.resume else None)
-    trainer.save_model()
-    trainer.save_state()
+    state = Path(folder, "trainer_state.json")  # saved last
+    if recipe.resume and state.exists():
+        print("already trained", flush=True)
+        trainer.state = TrainerState.load_from_json(state)
+    else:
+        state.unlink(missing_ok=True)
+        trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(folder))
+        trainer.save_model()
+        trainer.save_state()
     return trainer.model_card()
 
 

@@ -66,6 +66,35 @@ def test_the_main_job(tmp_path, capfd):
     assert "the same 3 answers" in capfd.readouterr().out
 
 
+def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Finished phases are not trained again; the one that was cut off goes on from its last whole checkpoint."""
+    recipe_file = tmp_path / "tiny.yaml"
+    training = {**TINY["training"], "save_strategy": "steps", "save_steps": 1}
+    phases = {"training": training, "answer_only": {}, "stage2": {"max_steps": 3}}
+    recipe_file.write_text(yaml.safe_dump({**TINY, **phases, "output_dir": str(tmp_path / "run")}))
+    monkeypatch.setattr(train_ilvr, "evaluate_frozen_lake", lambda *_: None)
+    train_ilvr.main(parse(recipe_file))
+    stage2 = tmp_path / "run" / "stage2"
+    expected = (stage2 / "model.safetensors").read_bytes()
+    for lost in (
+        stage2 / "trainer_state.json",
+        stage2 / "model.safetensors",
+        stage2 / "checkpoint-3" / "optimizer.pt",
+    ):
+        lost.unlink()
+    trained = []
+    train = train_ilvr.ILVRTrainer.train
+
+    def record(trainer, resume_from_checkpoint):
+        trained.append(resume_from_checkpoint)
+        return train(trainer, resume_from_checkpoint)
+
+    monkeypatch.setattr(train_ilvr.ILVRTrainer, "train", record)
+    train_ilvr.main(parse(recipe_file, "--resume", "true"))
+    assert trained == [str(stage2 / "checkpoint-2")]
+    assert (stage2 / "model.safetensors").read_bytes() == expected
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_parse_and_every_phase_is_valid(path, tmp_path):
     recipe = parse(path, "--output_dir", str(tmp_path))

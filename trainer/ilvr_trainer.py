@@ -16,11 +16,13 @@ from ilvr.hub_cards import ILVRModelCard
 from ilvr.latent_rollout import chunk_bounds
 
 from .adapters import complete_peft_config, freeze_vision_tower, ilvr_model
+from .checkpoints import CheckpointWriter, resolve_checkpoint, warn_of_earlier_run
 from .data_collator import HELPER_PREFIX, LatentDataCollator
 from .data_preparation import PREPARED_COLUMNS, merge_images, prepare_dataset
 from .ilvr_training_config import ILVRTrainingConfig
 from .image_features import cache_features, flatten_features, image_outputs, without_pixels
 from .losses import alignment_loss, mean_pairwise_cosine, token_loss
+from .running_log import load_running_log, save_running_log
 from .selection import (
     global_query,
     group_candidates,
@@ -30,7 +32,7 @@ from .selection import (
     span_text_masks,
 )
 from .sharding import ShardingCallback, is_sharded, prepare_sharding
-from .teacher import MomentumTeacher, TeacherUpdateCallback
+from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
 
 
 logger = logging.get_logger(__name__)
@@ -366,16 +368,63 @@ class ILVRTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         self.model_card().save(output_dir or self.args.output_dir)
 
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """
+        Trains.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint of an earlier run, which this one then
+                equals, or `True` for the newest whole one in `args.output_dir`.
+            kwargs: further arguments of [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if the checkpoint is damaged, or none is whole.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = resolve_checkpoint(
+                resume_from_checkpoint, self.args.output_dir, self._files_to_resume()
+            )
+        elif self.args.save_strategy != "no":
+            warn_of_earlier_run(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _files_to_resume(self) -> list[str]:
+        files = [] if self.teacher is None else [TEACHER_FILE]
+        if not (self.args.save_only_model or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            files += ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+        return files
+
+    def _run_epoch(self, **kwargs):
+        # Trainer takes one step too many when it resumes a run that has taken all of its `max_steps` mid-epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.model.train()
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.teacher is not None:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            self.teacher.save(folder, self.args.should_save)
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with CheckpointWriter(self, folder) as self._checkpoint_writer:
+            if self.teacher is not None:
+                self.teacher.save(folder, self.args.should_save)
+            super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._checkpoint_writer.finish()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             self.teacher.load(resume_from_checkpoint)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        save_running_log(self, output_dir)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        load_running_log(self, checkpoint)
 
 
 def _check_agreement(model, processor):

@@ -1,0 +1,232 @@
+"""Whole and damaged checkpoints: a manifest written last, what is wrong with a folder, the newest whole one."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "checkpoint_manifest.json"
+# A whole checkpoint that is saved again stands aside under this name until the new one is whole.
+ASIDE = "replaced-"
+# Model cards are made to be edited after the save.
+NOT_LISTED = {MANIFEST, "README.md"}
+# Model, adapter, FSDP and DeepSpeed.
+WEIGHTS = ("model*.safetensors", "pytorch_model*", "**/adapter_model.*", "global_step*")
+
+
+def write_manifest(checkpoint: str | Path):
+    """Declares a checkpoint whole: lists the size of each file, once all of them have reached the disk.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder that nothing will be written to any more.
+    """
+    folder = Path(checkpoint)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NOT_LISTED]
+    for path in files:
+        _flush(path)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    unfinished = folder / f"{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    _flush(unfinished)
+    os.replace(unfinished, folder / MANIFEST)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        _flush(folder)
+        _flush(folder.parent)
+
+
+def find_damage(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | None:
+    """
+    What is wrong with a checkpoint, in words, or `None` if it is whole.
+
+    With a manifest, it must be complete, and the sizes of the files are compared. Without one, as other trainers write
+    them, a checkpoint needs weights and the `trainer_state.json`, which `Trainer` writes last. Headers of safetensors,
+    JSON and the directories of torch files are read in both cases; tensors are not, so the cost does not depend on the
+    size of the model.
+
+    Args:
+        checkpoint (`str` or `Path`).
+        needed (`Sequence[str]`, *optional*): patterns of files without which training cannot go on exactly.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        if problem := _unreadable(path):
+            return f"{path.relative_to(folder)} {problem}"
+    if (folder / MANIFEST).is_file():
+        sizes = json.loads((folder / MANIFEST).read_bytes())["files"]
+        if sizes is None:
+            return "it was not written to the end"
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    else:
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+            return "the weights are missing"
+        for index in folder.glob("*.index.json"):
+            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
+                if not (folder / name).is_file():
+                    return f"{name} is missing"
+        needed = ["trainer_state.json", *needed]
+    return next((f"{pattern} is missing" for pattern in needed if not any(folder.glob(pattern))), None)
+
+
+def last_whole_checkpoint(output_dir: str | Path, needed: Sequence[str] = ()) -> str | None:
+    """
+    The checkpoint of the highest step that is whole; damaged ones on the way are named in a warning.
+
+    Args:
+        output_dir (`str` or `Path`): the folder of a run.
+        needed (`Sequence[str]`, *optional*): see [`find_damage`].
+    """
+    for folder in _checkpoints(output_dir):
+        damage = find_damage(folder, needed)
+        if damage is None:
+            return str(folder)
+        logger.warning(f"Skipping the damaged checkpoint {folder}: {damage}. The next older one is looked at.")
+    return None
+
+
+def resolve_checkpoint(checkpoint: str | Path | bool, output_dir: str | Path, needed: Sequence[str] = ()) -> str:
+    """
+    The folder to resume from.
+
+    Args:
+        checkpoint (`str`, `Path` or `bool`): a folder, or `True` for the newest whole one in `output_dir`.
+        output_dir (`str` or `Path`).
+        needed (`Sequence[str]`, *optional*): see [`find_damage`].
+
+    Raises:
+        ValueError: if the folder is damaged, or none is whole.
+    """
+    if checkpoint is True:
+        newest = last_whole_checkpoint(output_dir, needed)
+        if newest is None:
+            raise ValueError(f"No whole checkpoint in {output_dir}: train without `resume_from_checkpoint`.")
+        return newest
+    damage = find_damage(checkpoint, needed)
+    if damage is not None:
+        newest = last_whole_checkpoint(Path(checkpoint).parent, needed)
+        remedy = f"resume from {newest}" if newest else "there is no whole one beside it: train from the start"
+        raise ValueError(f"`resume_from_checkpoint` {checkpoint} is damaged: {damage}. Remedy: {remedy}.")
+    return str(checkpoint)
+
+
+def warn_of_earlier_run(output_dir: str | Path):
+    """A resume goes by step, so it would take up an earlier run that got further than the one that starts now."""
+    if earlier := _checkpoints(output_dir):
+        logger.warning(
+            f"{output_dir} holds checkpoints of an earlier run, up to {earlier[0].name}, and this one starts anew. A "
+            "later resume takes the highest step, whichever run it is of: remove them or use another folder."
+        )
+
+
+class CheckpointWriter:
+    """
+    Makes what `Trainer._save_checkpoint` writes inside it whole or recognisably damaged, whenever it is killed.
+
+    Trainer deletes older checkpoints without knowing whether the new one has reached the disk, and counts damaged ones
+    as good; here that comes after the manifest.
+
+    Args:
+        trainer ([`~transformers.Trainer`]).
+        checkpoint (`str` or `Path`): the folder that it writes; it is empty when the block starts.
+    """
+
+    def __init__(self, trainer, checkpoint: str | Path):
+        self.trainer, self.folder = trainer, Path(checkpoint)
+        self.limit, self.finished = trainer.args.save_total_limit, False
+
+    def __enter__(self):
+        if self.trainer.args.should_save:
+            _make_room(self.folder)
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.args.save_total_limit = None
+        return self
+
+    def finish(self):
+        """Writes the manifest once all processes have written their files; called before a folder is pushed."""
+        args = self.trainer.args
+        args.save_total_limit, self.finished = self.limit, True
+        self.trainer.accelerator.wait_for_everyone()
+        if not args.should_save:
+            return
+        torch.save(args, self.folder / TRAINING_ARGS_NAME)  # Trainer saved them without the limit
+        write_manifest(self.folder)
+        shutil.rmtree(_aside(self.folder), ignore_errors=True)
+        if self.limit:
+            for other in _checkpoints(self.folder.parent):
+                if find_damage(other):
+                    shutil.rmtree(other, ignore_errors=True)
+
+    def __exit__(self, error, *_):
+        args = self.trainer.args
+        args.save_total_limit = self.limit
+        if error or self.finished:  # finished early, Trainer has rotated with the limit
+            return
+        self.finish()
+        if args.should_save:
+            best = self.trainer.state.best_model_checkpoint
+            rotate_checkpoints(str(self.folder.parent), self.limit, best, use_mtime=True)
+
+
+def _make_room(folder: Path):
+    """A folder with nothing but an open manifest: what was there before must not mix with what is written now."""
+    if find_damage(folder) is None:
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+        os.replace(folder, _aside(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(json.dumps({"files": None}) + "\n", encoding="utf-8")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(ASIDE + folder.name)
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints, newest first."""
+    found = {}
+    for path in Path(output_dir).glob("*checkpoint-*"):
+        match = re.fullmatch(rf"({ASIDE})?checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[2]), match[1] is None] = path
+    return [found[key] for key in sorted(found, reverse=True)]
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            ZipFile(path).close()
+    except (OSError, ValueError, SafetensorError, BadZipFile) as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+def _flush(path: Path):
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
