@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -23,6 +24,7 @@ from .ilvr_training_config import ILVRTrainingConfig
 from .image_features import cache_features, flatten_features, image_outputs, without_pixels
 from .losses import alignment_loss, mean_pairwise_cosine, token_loss
 from .running_log import load_running_log, save_running_log
+from .sampler import SpanGroupedSampler
 from .selection import (
     global_query,
     group_candidates,
@@ -143,6 +145,15 @@ class ILVRTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*PREPARED_COLUMNS]
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.accelerator.num_processes
+        return SpanGroupedSampler(
+            dataset["num_spans"], dataset["length"], batch_size=batch_size, seed=self.args.data_seed or self.args.seed
+        )
 
     # ---------------------------------------------------------------------------------------------- the training step
 

@@ -52,6 +52,7 @@ class ILVRTrainingConfig(SFTConfig):
     > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-5, `weight_decay` 0.01, `num_train_epochs` 15,
     > `per_device_train_batch_size` 1, `gradient_accumulation_steps` 8, `max_grad_norm` 1.0, `max_length` `None` (no
     > sequence is ever cut: samples longer than `max_length` are dropped and listed), `remove_unused_columns` `False`.
+    > `train_sampling_strategy="group_by_length"` groups samples by spans and length in batches of random order.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
