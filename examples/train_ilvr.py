@@ -1,24 +1,27 @@
 """Trains, evaluates, saves and reloads an ILVR model: the main job.
 
     python examples/train_ilvr.py --config examples/recipes/frozen_lake_small.yaml
-    accelerate launch examples/train_ilvr.py --config examples/recipes/qwen2_5_vl_7b.yaml --dataset my/conversations
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_ilvr.py \\
+        --config examples/recipes/qwen2_5_vl_7b.yaml --dataset data/train.jsonl
 
 A recipe without `backbone` builds a small Qwen2.5-VL and teaches it to see first (`base`). Stage 2 continues stage 1;
-`answer_only` continues the same base on answers without traces, for as many steps, as the control.
+`answer_only` continues the same base on answers without traces, for as many steps, as the control. With `lora` the
+backbone stays as it is: both stages train one adapter, which is merged in the end.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import load_dataset, load_from_disk
+from accelerate.utils import is_peft_model
 from evaluate_frozen_lake import evaluate_frozen_lake
+from peft import LoraConfig, PeftModel
 from small_qwen import build_small_qwen
 from transformers import TrainerState
 from trl import TrlParser
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.data import frozen_lake_dataset
+from ilvr.data import frozen_lake_dataset, load_conversations
 from ilvr.data.frozen_lake_tasks import vocabulary
 from ilvr.hub_cards import ILVRModelCard
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
@@ -37,10 +40,10 @@ class Recipe:
     model_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of from_pretrained."})
     latent_size: int = field(default=8, metadata={"help": "Latents in a span."})
     latent_head: str = field(default="identity", metadata={"help": "identity, linear or mlp."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of conversations with helper images."}
-    )
+    dataset: str | None = field(default=None, metadata={"help": "File, folder or Hub id for `load_conversations`."})
+    dataset_kwargs: dict = field(default_factory=dict, metadata={"help": "Further arguments of it: image_root, …"})
     frozen_lake: dict = field(default_factory=dict, metadata={"help": "FrozenLake maps, if there is no dataset."})
+    lora: dict = field(default_factory=dict, metadata={"help": "LoraConfig of the adapter; none: all weights train."})
     resume: bool = field(default=False, metadata={"help": "Whether phases go on from their last whole checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, maps and the order of the data."})
     training: dict = field(default_factory=dict, metadata={"help": "Training arguments of all phases."})
@@ -53,15 +56,18 @@ class Recipe:
 def load_data(recipe: Recipe, phase: str):
     """The conversations of a phase, from the recipe's data set or rendered FrozenLake maps."""
     if recipe.dataset is not None:
-        local = Path(recipe.dataset).is_dir()
-        return load_from_disk(recipe.dataset) if local else load_dataset(recipe.dataset, split="train")
+        return load_conversations(recipe.dataset, **recipe.dataset_kwargs)
     tasks = {"base": recipe.frozen_lake["base_tasks"], "answer_only": ["plan"]}.get(phase, ["plan_trace"])
     maps = recipe.frozen_lake["base_maps" if phase == "base" else "maps"]
     return frozen_lake_dataset(maps, tasks=tasks, split="train", seed=recipe.seed)
 
 
-def load(recipe: Recipe, phase: str) -> ILVRForConditionalGeneration:
-    return ILVRForConditionalGeneration.from_pretrained(f"{recipe.output_dir}/{phase}", **recipe.model_kwargs)
+def load(recipe: Recipe, phase: str):
+    """What a phase saved: a model, or an adapter over the backbone."""
+    folder = f"{recipe.output_dir}/{phase}"
+    if recipe.lora:
+        return PeftModel.from_pretrained(start(recipe)[0], folder, is_trainable=True)
+    return ILVRForConditionalGeneration.from_pretrained(folder, **recipe.model_kwargs)
 
 
 def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
@@ -79,6 +85,7 @@ def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
         ILVRTrainingConfig(folder, **settings),
         train_dataset=load_data(recipe, phase),
         processing_class=processor,
+        peft_config=LoraConfig(**recipe.lora) if recipe.lora and not is_peft_model(model) else None,
     )
     state = Path(folder, "trainer_state.json")  # saved last
     if recipe.resume and state.exists():
@@ -118,6 +125,9 @@ def main(recipe: Recipe):
         cards["answer_only"] = train(recipe, "answer_only", load(recipe, "base"), processor)
     cards["stage1"] = train(recipe, "stage1", model, processor)
     cards["stage2"] = train(recipe, "stage2", load(recipe, "stage1"), processor)
+    if recipe.lora:
+        load(recipe, "stage2").merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
+        processor.save_pretrained(f"{recipe.output_dir}/merged")
     if recipe.frozen_lake:
         evaluate_frozen_lake(cards, processor, recipe)
 

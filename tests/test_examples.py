@@ -7,6 +7,7 @@ import pytest
 import torch
 import train_ilvr
 import yaml
+from conftest import make_image
 from transformers import Qwen2_5_VLConfig
 from trl import TrlParser
 
@@ -104,6 +105,43 @@ def test_recipes_parse_and_every_phase_is_valid(path, tmp_path):
         # bf16 on a machine without it is for the machine to refuse.
         args = ILVRTrainingConfig(str(tmp_path), stage=1 if phase == "stage1" else 2, **{**settings, "bf16": False})
         assert args.learning_rate > 0
+
+
+ROWS = [
+    {
+        "text_input": "Plan <image>",
+        "image_input": ["board.png"],
+        "sequence_plan": [
+            {"type": "text", "content": "Right"},
+            {"type": "latent", "helper_image": "step.png"},
+            {"type": "text", "content": "Up \\boxed{R U}"},
+        ],
+        "original_final_answer": "R U",
+    }
+] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "qwen2_5_vl_7b_lora", "qwen2_5_vl_3b_lora"])
+def test_recipes_of_real_backbones_run_on_a_tiny_one(name, backbone_dir, tmp_path):
+    """Everything but backbone, data and the number of steps as in the recipe."""
+    for image in ("board.png", "step.png"):
+        make_image("red").save(tmp_path / image)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = parse(
+        RECIPES / f"{name}.yaml",
+        *("--output_dir", str(tmp_path / "run"), "--dataset", str(tmp_path / "train.jsonl")),
+        *("--backbone", str(backbone_dir)),
+    )
+    recipe.training |= {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    train_ilvr.main(recipe)
+    saved = tmp_path / "run" / ("merged" if recipe.lora else "stage2")
+    model = ILVRForConditionalGeneration.from_pretrained(saved)
+    assert model.config.latent_size == 8 and model.dtype == torch.bfloat16
+    adapter = (tmp_path / "run" / "stage2" / "adapter_model.safetensors").exists()
+    assert adapter == bool(recipe.lora)
+    for stage in ("stage1", "stage2"):
+        state = json.loads((tmp_path / "run" / stage / "trainer_state.json").read_text())
+        assert state["global_step"] == 1
 
 
 def test_the_7b_recipe_builds_on_the_meta_device(tmp_path):
