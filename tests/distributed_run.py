@@ -52,6 +52,7 @@ def run(name: str, output_dir: Path, *, folder: str, samples: list, lora: bool =
     weights = {name: whole(p) for name, p in trainer.student.named_parameters()}
     if trainer.teacher is not None:
         weights |= {f"teacher.{name}": p.clone() for name, p in trainer.teacher.state_dict().items()}
+    trainer.save_model(output_dir / name)
     if trainer.is_world_process_zero():
         save_file(weights, output_dir / f"{name}.safetensors")
         facts = {"log": trainer.state.log_history, "wrapper": type(trainer.model_wrapped).__name__}

@@ -90,6 +90,7 @@ def deepspeed_environment(stage: int) -> dict:
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": str(config.get("zero3_save_16bit_model", False)).lower(),
         "ACCELERATE_GRADIENT_CLIPPING": str(config["gradient_clipping"]),
         "DS_ACCELERATOR": "cpu",
     }
@@ -154,6 +155,18 @@ def test_two_processes_train_like_one(results, alone, engine, name):
     assert any(key.startswith("teacher.") for key in found) == (RUNS[name]["stage"] == 1)
     for key, weight in weights.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-6, msg=key)
+    if not RUNS[name].get("lora"):
+        saved = ILVRForConditionalGeneration.from_pretrained(folder / name)
+        for key, parameter in saved.named_parameters():
+            torch.testing.assert_close(parameter.data, found[key], msg=key)
+    else:
+        adapter = load_file(folder / name / "adapter_model.safetensors")
+        trained = [key for key in found if "lora_" in key and not key.startswith("teacher.")]
+        assert len([key for key in adapter if "lora_" in key]) == len(trained)
+        for key, weight in adapter.items():
+            if "lora_" in key:
+                ours = key.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+                torch.testing.assert_close(weight, found[ours], msg=key)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

@@ -375,9 +375,19 @@ class ILVRTrainer(SFTTrainer):
             os.makedirs(self.args.output_dir, exist_ok=True)
             self.model_card(model_name).save(self.args.output_dir)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        # With sharded checkpoints Trainer would save nothing here.
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and not _internal_call else None
+        if plugin is not None:
+            kind, _ = plugin.state_dict_type, plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        if plugin is not None:
+            plugin.set_state_dict_type(kind)
+
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self.model_card().save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.model_card().save(output_dir or self.args.output_dir)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """
