@@ -24,9 +24,10 @@ torch.set_num_threads(2)
 
 
 def pytest_generate_tests(metafunc):
-    """Runs the tests of a module with a list `BACKBONES` on each of them; others on Qwen2.5-VL."""
+    """Runs the tests of a module with a list `BACKBONES` on each of them, unless a test names some; others on one."""
     backbones = getattr(metafunc.module, "BACKBONES", None)
-    if backbones and "backbone_name" in metafunc.fixturenames:
+    named = any("backbone_name" in marker.args for marker in metafunc.definition.iter_markers("parametrize"))
+    if backbones and "backbone_name" in metafunc.fixturenames and not named:
         metafunc.parametrize("backbone_name", backbones, indirect=True, scope="session")
 
 

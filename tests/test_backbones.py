@@ -1,5 +1,6 @@
 """The contract of a backbone, for those that the whole suite does not run on, and what is refused."""
 
+import copy
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from backbones import BUILDERS, FULLY_TESTED
 from conftest import encode
 from test_generation import run
 from test_modeling import SAMPLES, gradients, largest_difference, next_token_loss, prefix_recompute
+from test_trainer import make_trainer
 
 from ilvr import ILVRProcessor
 from ilvr.latent_rollout import ChunkCache
@@ -66,6 +68,20 @@ def test_assistant_words_are_marked(processor):
     length = prompt["input_ids"].shape[1]
     assert whole["input_ids"][0, :length].equal(prompt["input_ids"][0])
     assert not mask[:length].any() and mask[length:].sum() >= len(mask) - length - 1  # but for a line's end
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_both_stages_take_a_step(model, processor, tmp_path, stage):
+    trainer = make_trainer(model, processor, tmp_path, stage=stage, max_steps=1, per_device_train_batch_size=1)
+    before = copy.deepcopy(model.get_input_embeddings().weight)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0 and not model.get_input_embeddings().weight.equal(before)
+
+
+@pytest.mark.parametrize("backbone_name", ["qwen3_5"], indirect=True)
+def test_batches_of_linear_attention_are_refused(model, processor, tmp_path):
+    with pytest.raises(ValueError, match="A batch of 4 aligns .* to 1 and accumulate"):
+        make_trainer(model, processor, tmp_path, stage=2, per_device_train_batch_size=4)
 
 
 def test_layers_without_an_exact_walk_are_refused():

@@ -95,6 +95,7 @@ class ILVRTrainer(SFTTrainer):
             processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
         base_model = ilvr_model(model)
         _check_agreement(base_model, processing_class)
+        _check_batch_size(base_model, args, eval_dataset)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
@@ -460,4 +461,14 @@ def _check_agreement(model, processor):
         raise ValueError(
             f"The model's latent ids are {ids}, the processor's {processor.latent_token_ids}. Use the processor that "
             "was saved with the model."
+        )
+
+
+def _check_batch_size(model, args, eval_dataset):
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size if eval_dataset else 1)
+    if "linear_attention" in layer_types and batch_size > 1:
+        raise ValueError(
+            f"A batch of {batch_size} aligns the spans of its rows by padding between words, which changes the state "
+            "of linear attention. Set per_device_train_batch_size and per_device_eval_batch_size to 1 and accumulate."
         )
