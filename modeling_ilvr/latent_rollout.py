@@ -51,29 +51,79 @@ def scatter_spans(inputs_embeds, pads, latent_values, latent_mask):
     return torch.where(forced.unsqueeze(-1), values.to(inputs_embeds.dtype), inputs_embeds)
 
 
+class _Past(torch.autograd.Function):
+    """Writes a chunk's keys or values behind those of the chunks before it and returns all of them, without a copy.
+
+    `turn` comes from the chunk before and goes to the next one. It has no value: it makes the backward pass visit the
+    chunks from the last to the first, so that each finds in `gradients` what all later ones have left for it.
+    """
+
+    @staticmethod
+    def forward(ctx, chunk, turn, states, start):
+        ctx.set_materialize_grads(False)
+        ctx.states, ctx.start, ctx.stop = states, start, start + chunk.shape[-2]
+        # `.data` has its own version counter: later chunks do not touch the columns that are handed out here.
+        written = states.buffer.data[..., : ctx.stop, :]
+        written[..., start:, :] = chunk
+        return written, chunk.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        states = ctx.states
+        if states.gradients is None or ctx.stop > states.visited:  # another backward pass
+            states.gradients = torch.zeros_like(states.buffer)
+        states.visited = ctx.start
+        if gradient is not None:
+            states.gradients[..., : ctx.stop, :] += gradient
+        own = states.gradients[..., ctx.start : ctx.stop, :]
+        if ctx.start == 0:
+            states.gradients = None
+        return own, None, None, None
+
+
+class _States:
+    """Keys or values of a layer for all columns of a walk."""
+
+    def __init__(self):
+        self.buffer = self.gradients = None
+        self.visited = 0
+
+    def extend(self, chunk, turn, start: int, num_columns: int):
+        if self.buffer is None:
+            self.buffer = chunk.new_empty(*chunk.shape[:-2], num_columns, chunk.shape[-1])
+        return _Past.apply(chunk, turn, self, start)
+
+
 class _ChunkLayer(DynamicLayer):
-    """Keys and values before a chunk. `update` does not change them, so a replay of the chunk finds the same past."""
+    """Keys and values of a layer up to the end of a chunk, which a replay of the chunk writes again.
+
+    The turns are kept here and not with the states, to which the graph refers: nothing would free that circle.
+    """
+
+    def __init__(self, num_columns: int, start: int = 0, states=None, turns=(None, None)):
+        super().__init__()
+        self.num_columns, self.start = num_columns, start
+        self.states, self.turns = states or (_States(), _States()), turns
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.extended = (
-            torch.cat([self.keys, key_states], dim=-2),
-            torch.cat([self.values, value_states], dim=-2),
+        (keys, key_turn), (values, value_turn) = (
+            states.extend(chunk, turn, self.start, self.num_columns)
+            for states, chunk, turn in zip(self.states, (key_states, value_states), self.turns)
         )
-        return self.extended
+        self.next_turns = key_turn, value_turn
+        return keys, values
 
-    def advance(self) -> "_ChunkLayer":
-        following = _ChunkLayer()
-        following.lazy_initialization(*self.extended)
-        following.keys, following.values = self.extended
-        return following
+    def get_seq_length(self) -> int:
+        return self.start
+
+    def advance(self, stop: int) -> "_ChunkLayer":
+        return _ChunkLayer(self.num_columns, stop, self.states, self.next_turns)
 
 
 class _ChunkLinearLayer(LinearAttentionLayer):
-    """The states of a linear-attention layer before a chunk, unchanged by `update_…`, as in [`_ChunkLayer`]."""
+    """The states of a linear-attention layer before a chunk, which `update_…` does not change."""
 
-    def __init__(self):
+    def __init__(self, num_columns: int):
         super().__init__()
         self.record_past = True  # so that the layer does not take its path for one token, which writes in place
 
@@ -89,8 +139,8 @@ class _ChunkLinearLayer(LinearAttentionLayer):
         self.extended_recurrent = recurrent_states
         return recurrent_states
 
-    def advance(self) -> "_ChunkLinearLayer":
-        following = _ChunkLinearLayer()
+    def advance(self, stop: int) -> "_ChunkLinearLayer":
+        following = _ChunkLinearLayer(0)
         following.conv_states[0], following.recurrent_states[0] = self.extended_conv, self.extended_recurrent
         following.has_previous_state[0] = True
         return following
@@ -107,31 +157,33 @@ CHUNK_LAYERS = {
 class ChunkCache(Cache):
     """The past of one chunk of a differentiable walk.
 
-    A `DynamicCache` is written to by each forward, also by the one that gradient checkpointing replays during the
-    backward pass, when the cache already holds later chunks. Here each chunk has its own past, and `advance` makes the
-    past of the next one out of place.
-
-    Args:
-        config (`PreTrainedConfig`, *optional*): of the text decoder; `layers` are given instead by `advance`.
-
-    Raises:
-        ValueError: if the decoder has layers whose state cannot be kept out of place.
+    A `DynamicCache` copies all that came before at each chunk, keeps every copy for the backward pass, and is written
+    to again by the forward pass that gradient checkpointing replays. Here all chunks share one buffer a layer, and
+    each has its own view of how far it was filled.
     """
 
-    def __init__(self, config=None, layers=None):
-        if layers is None:
-            types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-            unknown = sorted(set(types) - CHUNK_LAYERS.keys())
-            if unknown:
-                raise ValueError(
-                    f"The text decoder ({config.model_type}) has layers of type {unknown}; latent spans are computed "
-                    f"through {sorted(CHUNK_LAYERS)} only. Use another backbone, or pass latent_values."
-                )
-            layers = [CHUNK_LAYERS[layer_type]() for layer_type in types]
-        super().__init__(layers=layers)
+    @classmethod
+    def of_size(cls, config, num_columns: int) -> "ChunkCache":
+        """The past of the first chunk of a walk over `num_columns` columns.
 
-    def advance(self) -> "ChunkCache":
-        return ChunkCache(layers=[layer.advance() for layer in self.layers])
+        Args:
+            config (`PreTrainedConfig`): of the text decoder.
+
+        Raises:
+            ValueError: if the decoder has layers whose state cannot be kept for an exact backward pass.
+        """
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        unknown = sorted(set(types) - CHUNK_LAYERS.keys())
+        if unknown:
+            raise ValueError(
+                f"The text decoder ({config.model_type}) has layers of type {unknown}; latent spans are computed "
+                f"through {sorted(CHUNK_LAYERS)} only. Use another backbone, or pass latent_values."
+            )
+        return cls(layers=[CHUNK_LAYERS[layer_type](num_columns) for layer_type in types])
+
+    def advance(self, stop: int) -> "ChunkCache":
+        """The past of the chunk that starts at `stop`."""
+        return ChunkCache(layers=[layer.advance(stop) for layer in self.layers])
 
 
 @contextmanager

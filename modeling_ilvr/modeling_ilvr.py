@@ -272,7 +272,9 @@ class ILVRModel(ILVRPreTrainedModel):
         """The cached walk: each column is computed once, a chunk of columns at a time, latents fed back in between."""
         embeds = self.get_input_embeddings()(input_ids)
         keep_cache = past_key_values is not None
-        cache = past_key_values if keep_cache else ChunkCache(self.config.get_text_config())
+        cache = past_key_values
+        if not keep_cache:
+            cache = ChunkCache.of_size(self.config.get_text_config(), input_ids.shape[1])
         past = cache.get_seq_length()
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
@@ -306,7 +308,7 @@ class ILVRModel(ILVRPreTrainedModel):
                 hidden.append(outputs.last_hidden_state)
                 hidden_states.append(outputs.hidden_states)
                 feedback = self.latent_head(outputs.last_hidden_state[:, -1])  # (B, D)
-                cache = cache if keep_cache else cache.advance()
+                cache = cache if keep_cache else cache.advance(stop)
         outputs.last_hidden_state = torch.cat(hidden, dim=1)
         for _ in range(len(bounds), min_chunks):
             # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.

@@ -87,7 +87,7 @@ def test_batches_of_linear_attention_are_refused(model, processor, tmp_path):
 def test_layers_without_an_exact_walk_are_refused():
     config = SimpleNamespace(model_type="jamba", layer_types=["mamba", "full_attention"], num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"\(jamba\) has layers of type \['mamba'\]"):
-        ChunkCache(config)
+        ChunkCache.of_size(config, 8)
 
 
 def test_an_unknown_chat_format_is_refused(backbone_dir, tmp_path):

@@ -1,6 +1,8 @@
 """Forward passes: equal to the backbone without latents, exact gradients through latents, save and load."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import LATENT_SIZE, encode, make_sample, perturb
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.latent_rollout import ChunkCache
 from ilvr.trainer.image_features import image_outputs, without_pixels
 
 
@@ -67,6 +70,30 @@ def test_walk_has_the_gradients_of_prefix_recompute(model, processor, padding_si
     model.activation_checkpointing_disable()
     detached = model(**inputs, latent_values=outputs.predicted_latents.detach())
     assert largest_difference(gradients(model, next_token_loss(detached.logits, inputs)), expected) > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_walk_frees_its_keys_and_values(model, processor, monkeypatch, checkpointing):
+    caches = []
+    original = ChunkCache.of_size
+    monkeypatch.setattr(ChunkCache, "of_size", lambda *sizes: caches.append(original(*sizes)) or caches[-1])
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    inputs = encode(processor, SAMPLES)
+    next_token_loss(model.train()(**inputs).logits, inputs).backward()
+    states = [weakref.ref(part) for layer in caches.pop().layers for part in layer.states]
+    gc.collect()
+    assert states and not any(state() for state in states)
+
+
+def test_walk_can_be_gone_through_backwards_twice(model, processor):
+    inputs = encode(processor, SAMPLES)
+    loss = next_token_loss(model.train()(**inputs).logits, inputs)
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    twice = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
+    assert largest_difference(twice, once) < 1e-5
 
 
 def test_checkpointing_replays_the_layers(model, processor):
