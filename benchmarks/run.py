@@ -1,4 +1,4 @@
-"""Measures the grid and writes docs/performance.json, .png and the table in docs/performance.md.
+"""Measures the grid and writes docs/performance.json, .png, the table in docs/performance.md, and docs/scaling.md.
 
     make bench
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.run --quick    # the centre alone, two rounds
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import measure, report
+from . import measure, report, scaling
 from .model import Workload, build_backbone
 from .sides import generation_sides, stage_sides, text_sides, training_run
 
@@ -50,6 +50,7 @@ def main():
         results |= others(folder, options.quick)
     results["machine"] = machine(options.threads) | {"minutes": (time.perf_counter() - start) / 60}
     report.write(results, options.output)
+    (options.output / "scaling.md").write_text(scaling.page(results))
 
 
 def steps(folder: Path, work: Workload):
