@@ -31,18 +31,19 @@ def alternate(sides: dict[str, Callable], *, rounds: int, warmup: int = 1) -> di
     Returns:
         `dict`: for each side `seconds` of wall time and `cpu_seconds`, the time that this process had the cores. Where
         other processes use them too, the first is noise to some degree and the second nearly not; where a side leaves
-        a core idle, only the first shows it.
+        a core idle, only the first shows it. If a side returns a number, its loss, `values` has them.
     """
-    times = {name: {"seconds": [], "cpu_seconds": []} for name in sides}
+    times = {name: {"seconds": [], "cpu_seconds": [], "values": []} for name in sides}
     for turn in range(warmup + rounds):
         for name, run in sides.items():
             _wait()
             wall, cpu = time.perf_counter(), time.process_time()
-            run()
+            value = run()
             _wait()
             if turn >= warmup:
                 times[name]["seconds"].append(time.perf_counter() - wall)
                 times[name]["cpu_seconds"].append(time.process_time() - cpu)
+                times[name]["values"] += [value] if isinstance(value, float) else []
     return times
 
 
@@ -54,13 +55,12 @@ def ratio(one: list[float], other: list[float]) -> float:
 
 
 def peak_memory(run: Callable) -> int:
-    """Bytes that `run` needs at its peak, above what was allocated before.
+    """Bytes that `run`, which has run before, needs at its peak, above what was allocated before.
 
     Counted by torch's allocator: on CUDA its own maximum, on a CPU the profiler's record of every allocation. The
     process's resident set would depend on what malloc keeps of earlier measurements. Scratch memory inside a kernel
     is not counted.
     """
-    run()  # what is allocated once, such as lazily built buffers, is no part of a step
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
