@@ -85,8 +85,9 @@ def tables(results) -> str:
     rows, machine = results["rows"], results["machine"]
     lines = [
         BEGIN,
-        f"`make bench`, commit {machine['commit']}, {machine['date']}, {machine['device']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, fp32, {machine['minutes']:.0f} minutes, load {machine['load']:.1f}.",
+        f"`{machine['command']}`, commit {machine['commit']}, {machine['date']}, {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, fp32, {machine['minutes']:.0f} minutes, "
+        f"load {machine['load']:.1f}.",
         "",
         "| bar | asked | measured (wall) | (CPU time) | met |",
         "|---|---|---|---|---|",

@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the table and the plot")
     options = parser.parse_args()
     measure.prepare(options.threads)
-    start, about = time.perf_counter(), machine(options.threads)
+    start, about = time.perf_counter(), machine(options)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         build_backbone(folder)
@@ -88,13 +88,14 @@ def others(folder: Path, quick: bool) -> dict:
     return {"generation": generation, "text": text, "runs": runs, "imports": imports, "ceilings": measure.ceilings()}
 
 
-def machine(threads: int) -> dict:
+def machine(options) -> dict:
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "device": device,
-        "threads": threads,
+        "threads": options.threads,
+        "command": "python -m benchmarks.run --quick" if options.quick else "make bench",
         "torch": torch.__version__,
         "commit": commit,
         "date": str(date.today()),
