@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= examples/recipes/frozen_lake_small.yaml
 
-.PHONY: help train test quality style
+.PHONY: help train test bench quality style
 
 help:  ## What there is to make
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,9 @@ train: $(BIN)/.installed  ## Train, evaluate, save and reload the small FrozenLa
 
 test: $(BIN)/.installed  ## Run the tests, offline
 	$(BIN)/python -m pytest
+
+bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (15 minutes on 2 idle cores)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.run
 
 quality: $(BIN)/.installed  ## Check style
 	$(BIN)/ruff check .

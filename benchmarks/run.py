@@ -1,0 +1,106 @@
+"""Measures the grid and writes docs/performance.json, .png, the table in docs/performance.md, and docs/scaling.md.
+
+    make bench
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.run --quick    # the centre alone, two rounds
+
+The grid is a cross around 4 spans of 8 latents, batch 1, 607 tokens: one factor moves at a time.
+"""
+
+import argparse
+import platform
+import subprocess
+import tempfile
+import time
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from . import measure, report, scaling
+from .model import Workload, build_backbone
+from .sides import generation_sides, stage_sides, text_sides, training_run
+
+
+CENTRE = Workload()
+GRID = [
+    CENTRE,
+    *(Workload(spans=s) for s in (1, 2, 8)),
+    *(Workload(latents=k) for k in (4, 16)),
+    *(Workload(batch=b) for b in (4, 8)),
+    *(Workload(tokens=t) for t in (450, 900, 1200)),
+]
+GENERATED = 97  # tokens, with three spans among them
+IMPORTS = ("import transformers, torch", "from trl import SFTTrainer", "import ilvr", "import ilvr.trainer")
+RUN_STEPS = 8
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="the centre alone, two rounds")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the table and the plot")
+    options = parser.parse_args()
+    measure.prepare(options.threads)
+    start, about = time.perf_counter(), machine(options)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        build_backbone(folder)
+        results = {"rows": []} | others(folder, options.quick)
+        for work in GRID[: 1 if options.quick else None]:
+            results["rows"] += steps(folder, work)
+            report.save(results, options.output)  # what there is, if the run is cut off
+    load = Path("/proc/loadavg").read_text().split()[2]  # of the last 15 minutes, the benchmark's own share included
+    results["machine"] = about | {"minutes": (time.perf_counter() - start) / 60, "load": float(load)}
+    report.write(results, options.output)
+    (options.output / "scaling.md").write_text(scaling.page(results))
+
+
+def steps(folder: Path, work: Workload):
+    """Times and memory of both stages at one point of the grid."""
+    for stage in (1, 2):
+        sides = stage_sides(folder, work, stage)
+        row = {"stage": stage, **vars(work)}
+        # Stage 2 of the published algorithm takes half a minute: one step of it, apart from the rounds of the others.
+        # It is measured where S and K vary; for a batch it takes the samples one by one.
+        slow = sides.pop("reference") if stage == 2 and "reference" in sides else None
+        rounds, warmup = (5, 1) if work == CENTRE else (2, 1) if work.batch == 1 else (2, 0)
+        row["times"] = measure.alternate(sides, rounds=rounds, warmup=warmup)
+        row["memory"] = {name: measure.peak_memory(run) for name, run in sides.items() if name != "reference"}
+        if slow is not None and work.tokens == CENTRE.tokens:
+            row["times"] |= measure.alternate({"reference": slow}, rounds=1, warmup=0)
+        report.progress(row)
+        yield row
+
+
+def others(folder: Path, quick: bool) -> dict:
+    """Generation, words alone, whole training runs, imports, and what the machine can do."""
+    generation = {}
+    for batch, rounds in ((1, 5), (8, 1)):
+        sides = generation_sides(folder, Workload(batch=batch), GENERATED)
+        times = generation[batch] = measure.alternate(sides, rounds=2 if quick else rounds)
+        for name, clock in product(("ours", "backbone"), ("seconds", "cpu_seconds")):
+            whole, prompt = times[name][clock], times[f"{name}, 1 step"][clock]
+            times[name][f"{clock}_a_step"] = [(a - b) / (GENERATED - 1) for a, b in zip(whole, prompt)]
+    runs = {stage: training_run(folder, CENTRE, stage, 2 if quick else RUN_STEPS) for stage in (1, 2)}
+    text = measure.alternate(text_sides(folder, CENTRE), rounds=15)
+    imports = {name: measure.import_seconds(name) for name in IMPORTS}
+    return {"generation": generation, "text": text, "runs": runs, "imports": imports, "ceilings": measure.ceilings()}
+
+
+def machine(options) -> dict:
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "device": device,
+        "threads": options.threads,
+        "command": "python -m benchmarks.run --quick" if options.quick else "make bench",
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": str(date.today()),
+    }
+
+
+if __name__ == "__main__":
+    main()

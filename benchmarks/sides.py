@@ -1,0 +1,128 @@
+"""The sides of each comparison: our step, its floor and the published algorithm, as functions without arguments.
+
+A floor is the least that anybody who computes the same must compute, on the plain backbone.
+"""
+
+import time
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
+
+from .model import load, make_batch, make_trainer
+from .reference import reference_stage1_step, reference_stage2_step
+
+
+def stage_sides(folder, workload, stage: int) -> dict:
+    """`ours`, `floor` and, for batch 1, `reference`; each returns its loss and leaves its gradients."""
+    model, processor = load(folder, workload.latents)
+    trainer = make_trainer(model, processor, workload, stage, folder)
+    batch = make_batch(trainer)
+
+    def step(loss_function):
+        def run() -> float:
+            model.zero_grad()
+            loss = loss_function()
+            loss.backward()
+            return loss.item()
+
+        return run
+
+    def reference():
+        if stage == 2:
+            return reference_stage2_step(model, batch)
+        selection = {"top_p": trainer.args.selection_top_p, "temperature": trainer.args.selection_temperature}
+        return reference_stage1_step(model, trainer.teacher.model, batch, **selection)[0]
+
+    sides = {
+        "ours": step(lambda: trainer.compute_loss(model, batch)),
+        "floor": step(lambda: _floor(model, batch, trainer.teacher.model if stage == 1 else None)),
+    }
+    return sides | ({"reference": step(reference)} if workload.batch == 1 else {})
+
+
+def _floor(model, batch, teacher=None):
+    """Vision once, one forward of the student's backbone; with a teacher, its forward and the helper images too."""
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    inputs = {name: batch[name] for name in names} | {"use_cache": False}
+    with torch.no_grad():
+        core = model.vlm.model
+        features = core.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+        inputs["mm_encoder_outputs"] = {"image": features}
+        if teacher is not None:
+            core.get_image_features(batch["helper_pixel_values"], batch["helper_image_grid_thw"], return_dict=True)
+            teacher.vlm.model(**inputs)
+    columns = (batch["shift_labels"] != -100).any(0).nonzero().flatten()
+    logits = model.vlm(**inputs, logits_to_keep=columns).logits
+    return cross_entropy(logits.flatten(0, 1), batch["shift_labels"][:, columns].flatten())
+
+
+class Script(LogitsProcessor):
+    """Makes `generate` say given ids, so that both sides take the same steps, spans included."""
+
+    def __init__(self, prompt_length: int, ids: torch.Tensor):
+        self.prompt_length, self.ids = prompt_length, ids
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self.ids[input_ids.shape[1] - self.prompt_length]] = 0.0
+        return scores
+
+
+def generation_sides(folder, workload, num_steps: int) -> dict:
+    """`ours` and `backbone` write the sample's answer, `num_steps` tokens of it; `…, 1 step` is mostly the prompt."""
+    model, processor = load(folder, workload.latents)
+    trainer = make_trainer(model, processor, workload, 2, folder)
+    batch, model = make_batch(trainer), model.eval()
+    prompt_length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    prompt = {name: batch[name][:, :prompt_length] for name in names}
+    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+    script = LogitsProcessorList([Script(prompt_length, batch["input_ids"][0, prompt_length:])])
+
+    def side(generator, steps):
+        options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
+        return lambda: generator.generate(**prompt, **options)
+
+    both = {"ours": model, "backbone": model.vlm}
+    sides = {name: side(generator, num_steps) for name, generator in both.items()}
+    return sides | {f"{name}, 1 step": side(generator, 1) for name, generator in both.items()}
+
+
+def text_sides(folder, workload) -> dict:
+    """A forward over words alone."""
+    model, processor = load(folder, workload.latents)
+    model.eval()
+    ids = processor.tokenizer(" Right Down Left Up" * (workload.tokens // 4), return_tensors="pt")["input_ids"]
+    ids = ids.to(model.device)
+
+    def side(module):
+        def run():
+            with torch.no_grad():
+                module(input_ids=ids, use_cache=False)
+
+        return run
+
+    return {"ours": side(model), "backbone": side(model.vlm)}
+
+
+class _StepTimer(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps.append(time.perf_counter() - self.start)
+
+
+def training_run(folder, workload, stage: int, num_steps: int) -> dict:
+    """A run of `num_steps` optimizer steps: its wall time and the time of each step, teacher's update included."""
+    model, processor = load(folder, workload.latents)
+    trainer = make_trainer(model, processor, workload, stage, folder, copies=num_steps, max_steps=num_steps)
+    timer = _StepTimer()
+    trainer.add_callback(timer)  # after the teacher's own
+    start = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - start, "steps": timer.steps}
