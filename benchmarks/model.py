@@ -3,6 +3,7 @@
 The weights are random, since the time of a step does not depend on them.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,3 +114,11 @@ def make_batch(trainer) -> dict[str, torch.Tensor]:
     """The first batch, as the trainer's collator makes it."""
     rows = [trainer.train_dataset[i] for i in range(trainer.args.per_device_train_batch_size)]
     return {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}
+
+
+def whole_teacher(trainer):
+    """The teacher as the published code has it: a second model, with its vision tower and head."""
+    teacher = copy.deepcopy(trainer.student).eval().requires_grad_(False)
+    teacher.__dict__.pop("forward", None)  # SFTTrainer's patch, bound to the student
+    teacher.model.load_state_dict(trainer.teacher.state_dict(), strict=False)
+    return teacher

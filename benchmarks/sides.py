@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from .model import load, make_batch, make_trainer
+from .model import load, make_batch, make_trainer, whole_teacher
 from .reference import reference_stage1_step, reference_stage2_step
 
 
@@ -18,6 +18,7 @@ def stage_sides(folder, workload, stage: int) -> dict:
     model, processor = load(folder, workload.latents)
     trainer = make_trainer(model, processor, workload, stage, folder)
     batch = make_batch(trainer)
+    teacher = whole_teacher(trainer) if stage == 1 else None
 
     def step(loss_function):
         def run() -> float:
@@ -32,11 +33,11 @@ def stage_sides(folder, workload, stage: int) -> dict:
         if stage == 2:
             return reference_stage2_step(model, batch)
         selection = {"top_p": trainer.args.selection_top_p, "temperature": trainer.args.selection_temperature}
-        return reference_stage1_step(model, trainer.teacher.model, batch, **selection)[0]
+        return reference_stage1_step(model, teacher, batch, **selection)[0]
 
     sides = {
         "ours": step(lambda: trainer.compute_loss(model, batch)),
-        "floor": step(lambda: _floor(model, batch, trainer.teacher.model if stage == 1 else None)),
+        "floor": step(lambda: _floor(model, batch, teacher)),
     }
     return sides | ({"reference": step(reference)} if workload.batch == 1 else {})
 
