@@ -54,6 +54,7 @@ WRITERS = {
     "rotation": (checkpoints, "rotate_checkpoints"),
 }
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+TIMES |= {"step_time", "tokens_per_second"}
 
 
 def die(*args):

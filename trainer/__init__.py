@@ -3,6 +3,7 @@
 from .data_collator import LatentDataCollator
 from .ilvr_trainer import ILVRTrainer
 from .ilvr_training_config import ILVRTrainingConfig
+from .selection_drawing import SelectionDrawingCallback
 
 
-__all__ = ["ILVRTrainer", "ILVRTrainingConfig", "LatentDataCollator"]
+__all__ = ["ILVRTrainer", "ILVRTrainingConfig", "LatentDataCollator", "SelectionDrawingCallback"]

@@ -112,3 +112,11 @@ class LatentDataCollator(DataCollatorMixin):
 def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding) -> torch.Tensor:
     rows = [[*example[column], padding] for example in examples]  # index -1 is the padding
     return torch.tensor([[row[i] for i in columns] for row, columns in zip(rows, layout)])
+
+
+def split_batch(batch: dict) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
+    """A collated batch as the student's inputs, the helper images' tensors, assistant mask and labels; not mutated."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "image_lengths")}
+    assistant_mask, shift_labels = inputs.pop("assistant_mask"), inputs.pop("shift_labels")
+    helper = {k.removeprefix(HELPER_PREFIX): inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)}
+    return inputs, helper, assistant_mask, shift_labels

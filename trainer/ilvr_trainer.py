@@ -6,8 +6,7 @@ Shapes: B batch, T sequence, S spans, K latents a span, N candidates, D hidden, 
 import os
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
-from torch.nn.utils.rnn import pad_sequence
+from accelerate.utils import is_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -18,23 +17,27 @@ from ilvr.latent_rollout import chunk_bounds
 
 from .adapters import complete_peft_config, freeze_vision_tower, ilvr_model
 from .checkpoints import CheckpointWriter, resolve_checkpoint, warn_of_earlier_run
-from .data_collator import HELPER_PREFIX, LatentDataCollator
+from .checks import check_agreement, check_batch_size
+from .data_collator import LatentDataCollator, split_batch
 from .data_preparation import PREPARED_COLUMNS, merge_images, prepare_dataset
 from .ilvr_training_config import ILVRTrainingConfig
 from .image_features import cache_features, flatten_features, image_outputs, without_pixels
-from .losses import alignment_loss, mean_pairwise_cosine, token_loss
+from .losses import alignment_loss, mean_pairwise_cosine, token_loss, token_statistics
 from .running_log import load_running_log, save_running_log
 from .sampler import SpanGroupedSampler
 from .selection import (
+    Selection,
     global_query,
     group_candidates,
     masked_mean,
+    pad_candidates,
     select_by_query,
     select_without_query,
     span_text_masks,
 )
 from .sharding import ShardingCallback, is_sharded, prepare_sharding
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
+from .watching import SelectionHistogramCallback, StepClock, peak_gpu_memory, sum_over_ranks
 
 
 logger = logging.get_logger(__name__)
@@ -94,8 +97,8 @@ class ILVRTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
         base_model = ilvr_model(model)
-        _check_agreement(base_model, processing_class)
-        _check_batch_size(base_model, args, eval_dataset)
+        check_agreement(base_model, processing_class)
+        check_batch_size(base_model, args, eval_dataset)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
@@ -132,6 +135,9 @@ class ILVRTrainer(SFTTrainer):
         if args.stage == 1:
             self.teacher = MomentumTeacher(self.student.model, args.teacher_decay)
             self.add_callback(TeacherUpdateCallback(self))
+            self.add_callback(SelectionHistogramCallback(self))
+        self.clock = StepClock()  # after the teacher, whose update is a part of the step
+        self.add_callback(self.clock)
         if args.cache_images and args.freeze_vision_tower:
             self.train_dataset = self._cache_features(self.train_dataset)
             if isinstance(self.eval_dataset, dict):
@@ -159,21 +165,17 @@ class ILVRTrainer(SFTTrainer):
     # ---------------------------------------------------------------------------------------------- the training step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        assistant_mask, shift_labels = inputs.pop("assistant_mask"), inputs.pop("shift_labels")
-        helper_inputs = {
-            k.removeprefix(HELPER_PREFIX): inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)
-        }
-        inputs.pop("image_lengths", None)
+        inputs, helper_inputs, assistant_mask, shift_labels = split_batch(inputs)
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         if self.args.freeze_vision_tower:
             inputs = self._encode_user_images(inputs)
-        targets = target_mask = None
+        selection = None
         if self.args.stage == 1:
             with torch.no_grad(), self.accelerator.autocast():
                 # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
-                targets, target_mask = self._select_targets(inputs, helper_inputs, assistant_mask)
+                selection = self._select_targets(inputs, helper_inputs, assistant_mask)
+        targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
 
         # 4. The student, with the targets in the latent positions (stage 1) or its own latents (stage 2).
         # Logits only where some row has a label, unless the caller asked for them.
@@ -198,13 +200,24 @@ class ILVRTrainer(SFTTrainer):
             alignment, cosine = alignment_loss(
                 outputs.predicted_latents, targets, target_mask, noise_std=self.args.alignment_noise
             )
-            self._record(alignment_loss=alignment, latent_cosine=cosine)
+            num_samples = target_mask.flatten(1).any(1).sum()
+            self._record(num_samples, alignment_loss=alignment)
+            self._record(target_mask.sum(), latent_cosine=cosine)
+            self._record(selection.mask.any(-1).sum(), **selection.statistics())
+            self._record(1, target_similarity=mean_pairwise_cosine(targets[target_mask][:512]))
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
             if num_items_in_batch is not None:
-                alignment = alignment * target_mask.flatten(1).any(1).sum() / self._samples_per_rank
+                alignment = alignment * num_samples / self._samples_per_rank
             loss = loss + self.args.alignment_weight * alignment
-        self._record_tokens(inputs, outputs.logits, labels)
+        self._record((labels != -100).sum(), **token_statistics(outputs.logits, labels))
+        spans = (inputs["input_ids"] == self.student.config.latent_start_token_id).sum(1)  # (B,)
+        self._record(len(spans), spans_per_sample=spans.float().mean())
+        self._record(1, num_tokens=inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.clock.start()  # the first thing of a step: waiting for data counts
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Counts, beside the words, the samples with targets in all micro-batches of a step: their mean over ranks."""
@@ -226,8 +239,8 @@ class ILVRTrainer(SFTTrainer):
             outputs = image_outputs(inputs, self.student.model.core)
         return inputs if outputs is None else {**without_pixels(inputs), "mm_encoder_outputs": {"image": outputs}}
 
-    def _select_targets(self, inputs, helper_inputs, assistant_mask):
-        """Targets (B, S, K, D) and their mask (B, S, K)."""
+    def _select_targets(self, inputs, helper_inputs, assistant_mask) -> Selection | None:
+        """What the teacher selects in the helper images of a batch; `None` if it has none."""
         args, input_ids = self.args, inputs["input_ids"]
         config = self.student.config
         counts = (input_ids == config.latent_start_token_id).sum(1)  # (B,): spans of each row
@@ -235,19 +248,12 @@ class ILVRTrainer(SFTTrainer):
         if not num_spans:
             if is_sharded(self.accelerator):
                 self._teacher_states(inputs, num_spans)  # other ranks gather the teacher's weights from this one
-            return None, None
+            return None
         vision = self.student.model if args.freeze_vision_tower else self.teacher.model
         outputs = image_outputs(helper_inputs, vision.core)
         features = flatten_features(outputs.pooler_output).float().split(helper_inputs["image_lengths"].tolist())
         groups = [group_candidates(f, args.max_candidates) for f in features]  # one (N, D) for each helper image
-        padded = pad_sequence(groups, batch_first=True)  # (images, N, D)
-        owner = torch.arange(num_spans, device=counts.device) < counts.unsqueeze(1)  # (B, S): which spans there are
-        candidates = padded.new_zeros(*owner.shape, *padded.shape[1:])
-        candidates[owner] = padded
-        lengths = torch.tensor([len(g) for g in groups], device=counts.device)
-        places = torch.arange(padded.shape[1], device=counts.device)
-        candidate_mask = torch.zeros(candidates.shape[:3], dtype=torch.bool, device=counts.device)
-        candidate_mask[owner] = places < lengths.unsqueeze(1)
+        candidates, candidate_mask = pad_candidates(groups, counts)
 
         if args.selection_method == "query_top_p":
             hidden = self._teacher_states(inputs, num_spans)
@@ -255,7 +261,7 @@ class ILVRTrainer(SFTTrainer):
             prompt = inputs["attention_mask"].bool() & ~assistant_mask & (assistant_mask.cumsum(1) == 0)
             latent_ids = self.processing_class.latent_token_ids
             text_masks = span_text_masks(input_ids, assistant_mask, latent_ids, num_spans)
-            targets, mask, _, mass = select_by_query(
+            selected = select_by_query(
                 candidates,
                 candidate_mask,
                 global_query(hidden, prompt & ~is_image, prompt & is_image),
@@ -266,16 +272,10 @@ class ILVRTrainer(SFTTrainer):
                 temperature=args.selection_temperature,
             )
         else:
-            targets, mask, _, mass = select_without_query(
+            selected = select_without_query(
                 candidates, candidate_mask, method=args.selection_method, max_selected=config.latent_size
             )
-        self._record(
-            selected_per_span=mask.sum(-1)[owner].float().mean(),
-            selected_mass=mass[owner].mean(),
-            spans_per_sample=counts.float().mean(),
-            target_similarity=mean_pairwise_cosine(targets[mask][:512]),
-        )
-        return targets, mask
+        return Selection(*selected, candidates, candidate_mask)
 
     def _teacher_states(self, inputs, num_spans: int) -> torch.Tensor:
         """The teacher's last-layer hidden states (B, T, D), fp32; latent positions keep the embedding of the pad."""
@@ -287,48 +287,40 @@ class ILVRTrainer(SFTTrainer):
 
     # -------------------------------------------------------------------------------------------------------- the log
 
-    def _record(self, **values):
-        """Keeps values of this rank; ranks may record unequally often, and are averaged in `log`."""
-        mode = "train" if self.model.training else "eval"
-        for name, value in values.items():
-            self._metrics[mode][name].append(float(value))
+    def _record(self, count, **means):
+        """Keeps means over `count` things of a micro-batch; `log` averages over all things of all ranks.
 
-    def _average_over_ranks(self, mode: str):
-        sums = {name: (sum(values), len(values)) for name, values in self._metrics[mode].items() if values}
-        ranks = gather_object([sums]) if self.accelerator.num_processes > 1 else [sums]
-        self._metrics[mode].clear()
-        for name in sorted(set().union(*ranks)):
-            total, count = (sum(numbers) for numbers in zip(*(rank[name] for rank in ranks if name in rank)))
-            self._metrics[mode][name] = [total / count]
-
-    @torch.no_grad()
-    def _record_tokens(self, inputs, logits, labels):
-        mode = "train" if self.model.training else "eval"
-        counted = labels != -100
-        scored = logits[counted].float()
-        labels = labels[counted]
-        log_probs = scored.log_softmax(-1)
-        self._record(
-            ce_loss=-log_probs.gather(1, labels.unsqueeze(1)).mean(),
-            entropy=-(log_probs.exp() * log_probs).sum(-1).mean(),
-            mean_token_accuracy=(scored.argmax(-1) == labels).float().mean(),
-        )
-        if mode == "train":
-            num_tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += num_tokens
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        The values stay on the device: reading one would wait for it.
+        """
+        mode, device = "train" if self.model.training else "eval", self.accelerator.device
+        count = torch.as_tensor(count, dtype=torch.float32, device=device)
+        for name, mean in means.items():
+            mean = torch.as_tensor(mean, dtype=torch.float32, device=device).detach()
+            total = torch.where(count > 0, mean * count, 0)  # the mean of nothing is nan
+            self._metrics[mode][name] = [sum(self._metrics[mode][name], torch.stack([total, count]))]
 
     def log(self, logs, start_time=None):
-        self._average_over_ranks("train" if self.model.training else "eval")
-        if self.teacher is not None and self.model.training:
+        mode = "train" if self.model.training else "eval"
+        sums = sum_over_ranks(self._metrics[mode], self.accelerator)
+        new_tokens, _ = sums.pop("num_tokens", (0, 0))
+        metrics = {name: total / count for name, (total, count) in sums.items() if count}
+        if metrics:
+            metrics |= peak_gpu_memory(self.accelerator.device)
+        if mode == "train":
+            self._total_train_tokens += int(new_tokens)
+            metrics |= self.clock.read(new_tokens)
+        if self.teacher is not None and mode == "train":
             logs["teacher_distance"] = self.teacher.distance(self.student.model)
-            similarity = self._metrics["train"].get("target_similarity")
-            if similarity and sum(similarity) / len(similarity) > 0.99:
+            if metrics.get("target_similarity", 0) > 0.99:
                 logger.warning_once(
                     "The targets of the alignment loss are nearly all alike (mean cosine above 0.99): a cosine loss "
                     "is then satisfied by their common direction. Freeze the vision tower if it is trained, and check "
                     "that the backbone can tell the helper images apart."
                 )
+        # `SFTTrainer.log` averages what is here, and gives it the prefix of an evaluation.
+        metrics["num_tokens"] = self._total_train_tokens
+        self._metrics[mode].clear()
+        self._metrics[mode].update({name: [value] for name, value in metrics.items()})
         super().log(logs, start_time)
 
     # ----------------------------------------------------------------------------------------- caching, saving, resume
@@ -447,28 +439,3 @@ class ILVRTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         load_running_log(self, checkpoint)
-
-
-def _check_agreement(model, processor):
-    config = model.config
-    if config.latent_size != processor.latent_size:
-        raise ValueError(
-            f"The model's latent_size is {config.latent_size}, the processor's {processor.latent_size}. Build both "
-            "with the same latent_size."
-        )
-    ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
-    if ids != processor.latent_token_ids:
-        raise ValueError(
-            f"The model's latent ids are {ids}, the processor's {processor.latent_token_ids}. Use the processor that "
-            "was saved with the model."
-        )
-
-
-def _check_batch_size(model, args, eval_dataset):
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size if eval_dataset else 1)
-    if "linear_attention" in layer_types and batch_size > 1:
-        raise ValueError(
-            f"A batch of {batch_size} aligns the spans of its rows by padding between words, which changes the state "
-            "of linear attention. Set per_device_train_batch_size and per_device_eval_batch_size to 1 and accumulate."
-        )

@@ -46,6 +46,23 @@ def token_loss(logits, labels, *, num_items=None):
     return total / divisor.clamp(min=1)
 
 
+@torch.no_grad()
+def token_statistics(logits, labels):
+    """Means over the labelled columns of what [`token_loss`] scores; its arguments. They are nan where there is none.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `ce_loss` and `entropy` in nats, `mean_token_accuracy`.
+    """
+    counted = labels != -100
+    scored, labels = logits[counted].float(), labels[counted]
+    log_probs = scored.log_softmax(-1)
+    return {
+        "ce_loss": -log_probs.gather(1, labels.unsqueeze(1)).mean(),
+        "entropy": -(log_probs.exp() * log_probs).sum(-1).mean(),
+        "mean_token_accuracy": (scored.argmax(-1) == labels).float().mean(),
+    }
+
+
 def mean_pairwise_cosine(vectors):
     """Mean cosine between all pairs of different rows of `vectors` (M, D): near 1, the targets have collapsed."""
     unit = normalize(vectors.float(), dim=-1)

@@ -16,8 +16,10 @@ def save_running_log(trainer, folder: str):
     sums = {
         "loss": trainer._tr_loss.item(),
         "last_logged_step": trainer._globalstep_last_logged,
-        "metrics": trainer._metrics["train"],
+        "metrics": {name: pair.tolist() for name, (pair,) in trainer._metrics["train"].items()},
         "tokens": trainer._total_train_tokens,
+        "seconds": trainer.clock.seconds,
+        "steps": trainer.clock.steps,
     }
     with open(_file(trainer, folder), "w", encoding="utf-8") as file:
         json.dump(sums, file)
@@ -31,5 +33,7 @@ def load_running_log(trainer, folder: str):
         sums = json.load(file)
     trainer._tr_loss = torch.tensor(sums["loss"], device=trainer.args.device)
     trainer._globalstep_last_logged = sums["last_logged_step"]
-    trainer._metrics["train"].update(sums["metrics"])
+    metrics = {name: [torch.tensor(pair, device=trainer.args.device)] for name, pair in sums["metrics"].items()}
+    trainer._metrics["train"].update(metrics)
     trainer._total_train_tokens = sums["tokens"]
+    trainer.clock.seconds, trainer.clock.steps = sums["seconds"], sums["steps"]

@@ -4,11 +4,47 @@ Pure functions. Shapes: B batch, T sequence, S spans, K latents a span, N candid
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 SELECTION_METHODS = ("query_top_p", "mean_pool", "uniform", "random")
+
+
+@dataclass
+class Selection:
+    """What was selected in the helper images of a batch.
+
+    Args:
+        targets (`torch.Tensor` of shape `(B, S, K, D)`): by falling score, zero where `mask` is false.
+        mask (`torch.BoolTensor` of shape `(B, S, K)`): the first K* of each span.
+        indices (`torch.LongTensor` of shape `(B, S, K)`): of the targets among the candidates.
+        mass (`torch.Tensor` of shape `(B, S)`): probability that the targets hold.
+        candidates (`torch.Tensor` of shape `(B, S, N, D)`): features of the helper images.
+        candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`): which candidates exist; none in a span that does not.
+    """
+
+    targets: torch.Tensor
+    mask: torch.Tensor
+    indices: torch.Tensor
+    mass: torch.Tensor
+    candidates: torch.Tensor
+    candidate_mask: torch.Tensor
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Means over the spans: K*, the share of spans with each K* from 1 to K, and the selected mass."""
+        exists = self.mask.any(-1)  # (B, S)
+        counts = self.mask.sum(-1)[exists]  # (spans,)
+        shares = {f"selected_{k}": (counts == k).float().mean() for k in range(1, self.mask.shape[-1] + 1)}
+        return {"selected_per_span": counts.float().mean(), "selected_mass": self.mass[exists].mean(), **shares}
+
+    def nearest(self, latents):
+        """The candidate (B, S, K) that each of `latents` (B, S, K, D) resembles most, by cosine as in the loss."""
+        unit = torch.nn.functional.normalize(self.candidates, dim=-1)
+        scores = torch.einsum("bskd,bsnd->bskn", latents.to(unit.dtype), unit)
+        return scores.masked_fill(~self.candidate_mask.unsqueeze(2), -torch.inf).argmax(-1)
 
 
 def masked_mean(values, mask):
@@ -31,6 +67,27 @@ def group_candidates(features, max_candidates):
     if len(features) <= max_candidates:
         return features
     return torch.stack([group.mean(0) for group in features.tensor_split(max_candidates)])
+
+
+def pad_candidates(groups, counts):
+    """Lays the candidates of all helper images of a batch out by sample and span.
+
+    Args:
+        groups (`list[torch.Tensor]`): candidates (N, D) of each helper image.
+        counts (`torch.LongTensor` of shape `(B,)`): helper images of each sample.
+
+    Returns:
+        `tuple`: candidates (B, S, N, D) and the mask (B, S, N) of those that exist.
+    """
+    padded = pad_sequence(groups, batch_first=True)  # (images, N, D)
+    lengths = torch.tensor([len(group) for group in groups], device=counts.device)
+    places = torch.arange(padded.shape[1], device=counts.device)
+    owner = torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(1)  # (B, S): the spans there are
+    candidates = padded.new_zeros(*owner.shape, *padded.shape[1:])
+    candidates[owner] = padded
+    candidate_mask = torch.zeros(candidates.shape[:3], dtype=torch.bool, device=counts.device)
+    candidate_mask[owner] = places < lengths.unsqueeze(1)
+    return candidates, candidate_mask
 
 
 def global_query(hidden, prompt_mask, image_mask):
