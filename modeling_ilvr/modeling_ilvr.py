@@ -5,7 +5,6 @@ K latents a span, D hidden, V vocabulary.
 """
 
 import inspect
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .backbone_loading import add_token_rows, check_weights, without_local_path
 from .configuration_ilvr import ILVRConfig, latent_token_ids
 from .latent_generation import LatentGenerationMixin
 from .latent_rollout import (
@@ -367,7 +367,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             raise ValueError(f"{name_or_path} is an ILVR checkpoint already: load it with from_pretrained.")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
         start_id, pad_id, end_id, latent_size = latent_token_ids(vlm_config, tokenizer, latent_size)
-        vlm_config = _without_local_path(vlm_config)
+        vlm_config = without_local_path(vlm_config)
         config = ILVRConfig(
             vlm_config=vlm_config,
             latent_size=latent_size,
@@ -380,10 +380,11 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             model = cls(config)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported all at once, below
         vlm, report = AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
-        _check_weights(name_or_path, report)
+        check_weights(name_or_path, report)
         if not hasattr(vlm_config, "latent_token_id"):
-            _add_token_rows(vlm, [start_id, pad_id, end_id])
-        vlm.config = _without_local_path(vlm.config)
+            add_token_rows(vlm, [start_id, pad_id, end_id])
+        vlm.config = without_local_path(vlm.config)
+        model.name_or_path = vlm.config._name_or_path  # PEFT notes it as an adapter's base
         model.config.vlm_config = vlm.config
         model.model.vlm = vlm
         model.model.latent_head.to_empty(device=vlm.device)
@@ -493,40 +494,3 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             predicted_latents=outputs.predicted_latents,
             latent_inputs=outputs.latent_inputs,
         )
-
-
-def _check_weights(name_or_path: str, report: dict):
-    """Refuses a checkpoint that does not fill its model: transformers warns and leaves such weights random."""
-    shapes = [f"{key} {tuple(saved)}, not {tuple(wanted)}" for key, saved, wanted in report["mismatched_keys"]]
-    kinds = {"missing": report["missing_keys"], "unknown": report["unexpected_keys"], "of another shape": shapes}
-    found = [
-        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
-        for kind, names in kinds.items()
-        if names
-    ]
-    if found:
-        raise ValueError(
-            f"The weights of {name_or_path} do not fit its config.json: {'; '.join(found)}. Use the config.json that "
-            "was saved with the weights, and all of the weight files."
-        )
-
-
-def _without_local_path(config):
-    """A config without the folder that it was loaded from, which `save_pretrained` would publish."""
-    if os.path.isdir(config._name_or_path):
-        config._name_or_path = ""
-    return config
-
-
-@torch.no_grad()
-def _add_token_rows(vlm, token_ids: list[int]):
-    """Gives the latent tokens embedding rows, appended or, as in Qwen's vocabularies, spare ones that exist already.
-
-    Either way a new row starts as the mean of the others, so that it is neither likely nor unlikely at first.
-    """
-    num_rows = vlm.get_input_embeddings().weight.shape[0]
-    if max(token_ids) >= num_rows:
-        vlm.resize_token_embeddings(max(token_ids) + 1, mean_resizing=False)
-    weights = {id(m.weight): m.weight for m in (vlm.get_input_embeddings(), vlm.get_output_embeddings())}
-    for weight in weights.values():
-        weight[token_ids] = weight[: min(token_ids)].float().mean(0).to(weight.dtype)

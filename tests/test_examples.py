@@ -17,31 +17,20 @@ from ilvr.trainer.ilvr_trainer import freeze_vision_tower
 
 
 RECIPES = Path(train_ilvr.__file__).parent / "recipes"
+SMALL = yaml.safe_load((RECIPES / "frozen_lake_small.yaml").read_text())
+# The recipe of `make train` with a smaller model, fewer maps and fewer steps.
 TINY = {
-    "latent_size": 2,
+    **SMALL,
     "small_backbone": {"hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32, "vision_layers": 1},
     "frozen_lake": {
-        "base_tasks": ["plan+moves"],
+        **SMALL["frozen_lake"],
         "base_maps": {3: 4},
         "maps": {3: 4},
         "test_maps": {3: 3},
         "batch_size": 3,
     },
-    "training": {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "cache_images": True,
-        "activation_checkpointing": False,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    },
-    "base": {"max_steps": 2, "freeze_vision_tower": False},
-    "answer_only": {"learning_rate": 1e-4},
-    "stage1": {"max_steps": 1},
-    "stage2": {"max_steps": 1},
+    "training": {**SMALL["training"], "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True},
+    **{phase: {**SMALL[phase], "max_steps": steps} for phase, steps in (("base", 2), ("stage1", 1), ("stage2", 1))},
 }
 
 

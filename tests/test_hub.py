@@ -7,6 +7,7 @@ import sys
 import yaml
 from conftest import encode, make_sample
 from hub_server import HubServer
+from peft import LoraConfig
 from test_trainer import make_trainer
 
 from ilvr.hub_cards import ILVRModelCard, Result
@@ -158,3 +159,43 @@ trainer.push_to_hub()
     files = server.repos["user/pushed"]
     assert {"model.safetensors", "modeling_ilvr.py", "processor_config.json", "README.md"} <= files.keys()
     assert b'"user/pushed", trust_remote_code=True' in files["README.md"]
+
+
+def test_an_adapter_pushes_and_loads_by_repo_id(model, processor, tmp_path):
+    """What is pushed is the adapter and its processor, and in a new process it answers as the trained model does."""
+    model.save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = make_trainer(model, processor, tmp_path / "run", max_steps=1, peft_config=adapter)
+    trainer.train()
+    trainer.save_model()
+    image = tmp_path / "image.png"
+    make_sample(["x"])["images"][0].save(image)
+    inputs = encode(processor, [make_sample(["x"])], prompt_only=True)
+    expected = trainer.model.eval().generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+    server = HubServer()
+    with server as url:
+        out = run_clean(
+            f"""
+from peft import PeftModel
+from transformers import AutoProcessor
+from ilvr import ILVRForConditionalGeneration
+base = ILVRForConditionalGeneration.from_pretrained({str(tmp_path / "base")!r})
+PeftModel.from_pretrained(base, {str(tmp_path / "run")!r}).push_to_hub("user/adapter")
+AutoProcessor.from_pretrained({str(tmp_path / "run")!r}).push_to_hub("user/adapter")
+base = ILVRForConditionalGeneration.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(base, "user/adapter").eval()
+processor = AutoProcessor.from_pretrained("user/adapter", trust_remote_code=True)
+content = [{{"type": "image", "path": {str(image)!r}}}, {{"type": "text", "text": "Plan"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+print(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
+""",
+            url,
+            tmp_path / "home",
+        )
+    assert str(expected) in out
+    files = server.repos["user/adapter"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json"} <= files.keys()
+    assert "model.safetensors" not in files
