@@ -251,6 +251,7 @@ def start_ranks(*args) -> set[int | None]:
     return {process.exitcode for process in processes}
 
 
+@pytest.mark.slow
 def test_killed_runs_of_two_processes(start, tmp_path):
     """The manifest waits for the random states of all ranks."""
     settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 1}
