@@ -310,11 +310,8 @@ class ILVRModel(ILVRPreTrainedModel):
                 feedback = self.latent_head(outputs.last_hidden_state[:, -1])  # (B, D)
                 cache = cache if keep_cache else cache.advance(stop)
         outputs.last_hidden_state = torch.cat(hidden, dim=1)
-        for _ in range(len(bounds), min_chunks):
-            # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
-            idle = embeds[:, :1] + 0 * feedback.unsqueeze(1).to(embeds.dtype)
-            idle = self.core(inputs_embeds=idle, position_ids=position_ids[..., :1], use_cache=False).last_hidden_state
-            feedback = self.latent_head(idle[:, -1])
+        if min_chunks > len(bounds):
+            idle = self._idle_forwards(min_chunks - len(bounds), embeds[:, :1], position_ids[..., :1], feedback)
             outputs.last_hidden_state = outputs.last_hidden_state + 0 * idle
         outputs.past_key_values = past_key_values
         outputs.attentions = None
@@ -328,6 +325,17 @@ class ILVRModel(ILVRPreTrainedModel):
         num_spans = -(-int(pads.sum(1).max()) // self.config.latent_size)
         latents = gather_spans(fed, pads, num_spans, self.config.latent_size)
         return self._with_feedback(outputs, predicted_latents=latents, latent_inputs=latents)
+
+    def _idle_forwards(self, count: int, column, position_ids, feedback) -> torch.Tensor:
+        """The sum of `count` forwards of one column (B, 1, D), for ranks with shorter walks than others."""
+        total = 0
+        for _ in range(count):
+            # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
+            idle = column + 0 * feedback.unsqueeze(1).to(column.dtype)
+            idle = self.core(inputs_embeds=idle, position_ids=position_ids, use_cache=False).last_hidden_state
+            feedback = self.latent_head(idle[:, -1])
+            total = total + idle
+        return total
 
 
 class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, GenerationMixin):

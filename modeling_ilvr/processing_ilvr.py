@@ -219,22 +219,23 @@ def _backbone_chat_template(name_or_path, tokenizer, kwargs) -> str:
 
 def _template_with_spans(backbone_template: str, latent_size: int) -> str:
     """Our template in the format whose rendering of a probe is the backbone's own."""
-    prompts = [{"conversations": [PROBE], "add_generation_prompt": True}, {"conversations": [PROBE[:2]]}]
+    try:
+        expected = _render_probe(backbone_template, bos_token="<bos>")
+    except TemplateError:
+        expected = None  # the backbone's template does not know such messages
     for chat_format in CHAT_FORMATS:
         settings = {**chat_format, "LATENT_SIZE": latent_size}
         header = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in settings.items())
-        template = header + CHAT_TEMPLATE
-        try:
-            expected = [
-                render_jinja_template(**p, chat_template=backbone_template, bos_token="<bos>")[0] for p in prompts
-            ]
-        except TemplateError:
-            break  # the backbone's template does not know such messages
-        if expected == [render_jinja_template(**p, chat_template=template)[0] for p in prompts]:
-            return template
+        if _render_probe(header + CHAT_TEMPLATE) == expected:
+            return header + CHAT_TEMPLATE
     raise ValueError(
         "The backbone's chat template is none of those known here (Qwen2.5-VL, Qwen3-VL, SmolVLM, Idefics3, InternVL, "
         "Gemma 3), so how a latent span is rendered is not known. Pass chat_template=, with images of assistant turns "
         "rendered as <|latent_start|>, latent_size times <|latent_pad|> and <|latent_end|>, and {% generation %} "
         "around the assistant's words."
     )
+
+
+def _render_probe(template: str, **kwargs) -> list[str]:
+    prompts = [{"conversations": [PROBE], "add_generation_prompt": True}, {"conversations": [PROBE[:2]]}]
+    return [render_jinja_template(**prompt, chat_template=template, **kwargs)[0] for prompt in prompts]

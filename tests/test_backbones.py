@@ -5,11 +5,18 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from backbones import BUILDERS, FULLY_TESTED
 from conftest import encode
 from test_generation import run
-from test_modeling import SAMPLES, gradients, largest_difference, next_token_loss, prefix_recompute
+from test_modeling import (
+    SAMPLES,
+    gradients,
+    largest_difference,
+    next_token_loss,
+    prefix_recompute,
+    test_forcing_the_own_latents_changes_nothing,  # noqa: F401 - runs here on the backbones of this module
+    test_forward_without_latents_is_the_backbones,  # noqa: F401
+)
 from test_trainer import make_trainer
 
 from ilvr import ILVRProcessor
@@ -18,11 +25,6 @@ from ilvr.latent_rollout import ChunkCache
 
 BACKBONES = [name for name in BUILDERS if name not in FULLY_TESTED]
 PROMPTS = [SAMPLES[0], SAMPLES[1]]
-
-
-def test_forward_without_latents_is_the_backbones(model, processor):
-    inputs = encode(processor, SAMPLES, "left", prompt_only=True)
-    torch.testing.assert_close(model(**inputs).logits, model.vlm(**inputs).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -34,14 +36,6 @@ def test_walk_has_the_gradients_of_prefix_recompute(model, processor, checkpoint
         model.activation_checkpointing_enable()
     found = gradients(model, next_token_loss(model(**inputs).logits, inputs))
     assert largest_difference(found, expected) < 1e-4
-
-
-def test_forcing_the_own_latents_changes_nothing(model, processor):
-    inputs = encode(processor, SAMPLES, "left")
-    own = model(**inputs)
-    forced = model(**inputs, latent_values=own.predicted_latents)
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(forced.logits[real], own.logits[real], rtol=1e-4, atol=1e-4)
 
 
 def test_generation_is_exact_in_batches(model, processor):

@@ -73,6 +73,18 @@ def run_clean(script: str, url: str, home) -> str:
     return done.stdout
 
 
+def answer(image) -> str:
+    """Code that prints the ids with which `model` answers a question about an image."""
+    return f"""
+content = [{{"type": "image", "path": {str(image)!r}}}, {{"type": "text", "text": "Plan"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+print(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
+"""
+
+
 def test_push_and_load_by_repo_id(model, processor, tmp_path):
     """Model, processor and card go up with `push_to_hub`; a process without `ilvr` loads them by repository id."""
     trainer = make_trainer(model, processor, tmp_path / "saved", max_steps=1)
@@ -117,12 +129,7 @@ sys.meta_path.insert(0, NoILVR())
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("user/tiny-ilvr", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("user/tiny-ilvr", trust_remote_code=True)
-content = [{{"type": "image", "path": {str(image)!r}}}, {{"type": "text", "text": "Plan"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-print(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
+{answer(image)}
 """,
             url,
             tmp_path / "loader",
@@ -185,12 +192,7 @@ AutoProcessor.from_pretrained({str(tmp_path / "run")!r}).push_to_hub("user/adapt
 base = ILVRForConditionalGeneration.from_pretrained({str(tmp_path / "base")!r})
 model = PeftModel.from_pretrained(base, "user/adapter").eval()
 processor = AutoProcessor.from_pretrained("user/adapter", trust_remote_code=True)
-content = [{{"type": "image", "path": {str(image)!r}}}, {{"type": "text", "text": "Plan"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-print(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
+{answer(image)}
 """,
             url,
             tmp_path / "home",

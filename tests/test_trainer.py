@@ -327,7 +327,13 @@ def test_grouped_batches_are_alike_and_in_random_order():
 
 def test_grouped_training_draws_another_order_each_epoch(model, processor, tmp_path):
     trainer = make_trainer(
-        model, processor, tmp_path, max_steps=4, train_sampling_strategy="group_by_length", learning_rate=0.0
+        model,
+        processor,
+        tmp_path,
+        max_steps=4,
+        train_sampling_strategy="group_by_length",
+        learning_rate=0.0,
+        data_seed=0,
     )
     seen = []
     collate = trainer.data_collator.torch_call
@@ -336,7 +342,7 @@ def test_grouped_training_draws_another_order_each_epoch(model, processor, tmp_p
     )
     trainer.train()
     sampler = trainer.get_train_dataloader().batch_sampler.sampler
-    assert isinstance(sampler, SpanGroupedSampler)
+    assert isinstance(sampler, SpanGroupedSampler) and sampler.seed == 0
     epochs = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)

@@ -332,8 +332,8 @@ def test_tensorboard(model, processor, tmp_path):
 
 def test_trackio(model, processor, tmp_path, monkeypatch):
     """Offline: a database and the picture in a folder, which `trackio` reads from the environment when imported."""
-    if "trackio" in sys.modules:
-        pytest.skip("trackio was imported before, and has chosen its folder")
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     settings = {"report_to": "trackio", "project": "watching", "run_name": "tiny", "max_steps": 2}

@@ -158,9 +158,8 @@ class ILVRTrainer(SFTTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.accelerator.num_processes
-        return SpanGroupedSampler(
-            dataset["num_spans"], dataset["length"], batch_size=batch_size, seed=self.args.data_seed or self.args.seed
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SpanGroupedSampler(dataset["num_spans"], dataset["length"], batch_size=batch_size, seed=seed)
 
     # ---------------------------------------------------------------------------------------------- the training step
 
