@@ -13,9 +13,11 @@ import yaml
 from accelerate import DistributedType
 from conftest import perturb
 from distributed_run import run
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from ilvr import ILVRForConditionalGeneration
+from ilvr.trainer.adapters import complete_peft_config
 from ilvr.trainer.sharding import prepare_sharding
 
 
@@ -198,3 +200,10 @@ def test_settings_that_cannot_train_stage_1_are_refused(model, settings, freeze,
     args = SimpleNamespace(stage=1, freeze_vision_tower=freeze)
     with pytest.raises(ValueError, match=message):
         prepare_sharding(fake_accelerator(**settings), model.model, args)
+
+
+def test_rows_of_tied_embeddings_under_fsdp2_are_refused(model):
+    peft_config = complete_peft_config(LoraConfig(target_modules="all-linear"), model, freeze_vision=True)
+    student = get_peft_model(model, peft_config).get_base_model()
+    with pytest.raises(ValueError, match="tied embeddings .* with DDP"):
+        prepare_sharding(fake_accelerator(fsdp_version=2), student.model, SimpleNamespace(stage=2))
