@@ -1,15 +1,13 @@
-"""Latent spans in a forward pass over whole sequences: where they are, and the cached walk that fills them.
+"""Latent spans in a forward pass over whole sequences: where they are, and two ways to fill them, one after the other
+or all at once.
 
 B batch, T sequence, S spans, K latents a span, D hidden.
 """
 
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.generation.utils import _slice_mm_encoder_output
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def gather_spans(values, pads, num_spans, latent_size):
@@ -28,7 +26,7 @@ def gather_spans(values, pads, num_spans, latent_size):
     rows, columns = pads.nonzero(as_tuple=True)
     slots = (pads.cumsum(1) - 1)[rows, columns]
     spans = values.new_zeros(batch_size, num_spans * latent_size, hidden_size)
-    return spans.index_put((rows, slots), values[rows, columns]).view(batch_size, -1, latent_size, hidden_size)
+    return spans.index_put((rows, slots), values[rows, columns]).view(batch_size, num_spans, latent_size, hidden_size)
 
 
 def scatter_spans(inputs_embeds, pads, latent_values, latent_mask):
@@ -49,163 +47,6 @@ def scatter_spans(inputs_embeds, pads, latent_values, latent_mask):
     values = values.gather(1, slots.unsqueeze(-1).expand(-1, -1, values.shape[-1]))  # (B, T, D)
     forced = pads & latent_mask.flatten(1).gather(1, slots)
     return torch.where(forced.unsqueeze(-1), values.to(inputs_embeds.dtype), inputs_embeds)
-
-
-class _Past(torch.autograd.Function):
-    """Writes a chunk's keys or values behind those of the chunks before it and returns all of them, without a copy.
-
-    `turn` comes from the chunk before and goes to the next one. It has no value: it makes the backward pass visit the
-    chunks from the last to the first, so that each finds in `gradients` what all later ones have left for it.
-    """
-
-    @staticmethod
-    def forward(ctx, chunk, turn, states, start):
-        ctx.set_materialize_grads(False)
-        ctx.states, ctx.start, ctx.stop = states, start, start + chunk.shape[-2]
-        # `.data` has its own version counter: later chunks do not touch the columns that are handed out here.
-        written = states.buffer.data[..., : ctx.stop, :]
-        written[..., start:, :] = chunk
-        return written, chunk.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        states = ctx.states
-        if states.gradients is None or ctx.stop > states.visited:  # another backward pass
-            states.gradients = torch.zeros_like(states.buffer)
-        states.visited = ctx.start
-        if gradient is not None:
-            states.gradients[..., : ctx.stop, :] += gradient
-        own = states.gradients[..., ctx.start : ctx.stop, :]
-        if ctx.start == 0:
-            states.gradients = None
-        return own, None, None, None
-
-
-class _States:
-    """Keys or values of a layer for all columns of a walk."""
-
-    def __init__(self):
-        self.buffer = self.gradients = None
-        self.visited = 0
-
-    def extend(self, chunk, turn, start: int, num_columns: int):
-        if self.buffer is None:
-            self.buffer = chunk.new_empty(*chunk.shape[:-2], num_columns, chunk.shape[-1])
-        return _Past.apply(chunk, turn, self, start)
-
-
-class _ChunkLayer(DynamicLayer):
-    """Keys and values of a layer up to the end of a chunk, which a replay of the chunk writes again.
-
-    The turns are kept here and not with the states, to which the graph refers: nothing would free that circle.
-    """
-
-    def __init__(self, num_columns: int, start: int = 0, states=None, turns=(None, None)):
-        super().__init__()
-        self.num_columns, self.start = num_columns, start
-        self.states, self.turns = states or (_States(), _States()), turns
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        (keys, key_turn), (values, value_turn) = (
-            states.extend(chunk, turn, self.start, self.num_columns)
-            for states, chunk, turn in zip(self.states, (key_states, value_states), self.turns)
-        )
-        self.next_turns = key_turn, value_turn
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        return self.start
-
-    def advance(self, stop: int) -> "_ChunkLayer":
-        return _ChunkLayer(self.num_columns, stop, self.states, self.next_turns)
-
-
-class _ChunkLinearLayer(LinearAttentionLayer):
-    """The states of a linear-attention layer before a chunk, which `update_…` does not change."""
-
-    def __init__(self, num_columns: int):
-        super().__init__()
-        self.record_past = True  # so that the layer does not take its path for one token, which writes in place
-
-    def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
-        if self.has_previous_state[state_idx]:
-            conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
-        missing = max(0, conv_kernel_size - conv_states.shape[-1])
-        conv_states = torch.nn.functional.pad(conv_states, (missing, 0))
-        self.extended_conv = conv_states[..., -conv_kernel_size:]
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
-        self.extended_recurrent = recurrent_states
-        return recurrent_states
-
-    def advance(self, stop: int) -> "_ChunkLinearLayer":
-        following = _ChunkLinearLayer(0)
-        following.conv_states[0], following.recurrent_states[0] = self.extended_conv, self.extended_recurrent
-        following.has_previous_state[0] = True
-        return following
-
-
-# A sliding window is cut out by the mask, of all keys.
-CHUNK_LAYERS = {
-    "full_attention": _ChunkLayer,
-    "sliding_attention": _ChunkLayer,
-    "linear_attention": _ChunkLinearLayer,
-}
-
-
-class ChunkCache(Cache):
-    """The past of one chunk of a differentiable walk.
-
-    A `DynamicCache` copies all that came before at each chunk, keeps every copy for the backward pass, and is written
-    to again by the forward pass that gradient checkpointing replays. Here all chunks share one buffer a layer, and
-    each has its own view of how far it was filled.
-    """
-
-    @classmethod
-    def of_size(cls, config, num_columns: int) -> "ChunkCache":
-        """The past of the first chunk of a walk over `num_columns` columns.
-
-        Args:
-            config (`PreTrainedConfig`): of the text decoder.
-
-        Raises:
-            ValueError: if the decoder has layers whose state cannot be kept for an exact backward pass.
-        """
-        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        unknown = sorted(set(types) - CHUNK_LAYERS.keys())
-        if unknown:
-            raise ValueError(
-                f"The text decoder ({config.model_type}) has layers of type {unknown}; latent spans are computed "
-                f"through {sorted(CHUNK_LAYERS)} only. Use another backbone, or pass latent_values."
-            )
-        return cls(layers=[CHUNK_LAYERS[layer_type](num_columns) for layer_type in types])
-
-    def advance(self, stop: int) -> "ChunkCache":
-        """The past of the chunk that starts at `stop`."""
-        return ChunkCache(layers=[layer.advance(stop) for layer in self.layers])
-
-
-@contextmanager
-def checkpointing_with_cache(model):
-    """Lets gradient checkpointing keep the cache while the walk runs.
-
-    Layers drop the cache under checkpointing, because a replay would write to it a second time. A `ChunkCache` is
-    safe under replay.
-    """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    for layer in layers:
-        if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "Reentrant gradient checkpointing loses the gradient that flows through latent spans. Pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        layer._can_checkpoint_with_cache = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer._can_checkpoint_with_cache
 
 
 def chunk_bounds(pads) -> list[tuple[int, int]]:
@@ -231,3 +72,141 @@ def slice_features(mm_encoder_outputs, placeholders, start, stop) -> dict:
         elif inside.any():
             sliced[modality] = _slice_mm_encoder_output(output, rows[:, start:stop][inside])
     return sliced
+
+
+class SlicedForward:
+    """Runs the backbone on some columns of sequences whose positions and image features are known.
+
+    Args:
+        core (`PreTrainedModel`): the backbone without its language-model head.
+        placeholders (`dict`): see `slice_features`.
+        attention_mask (`torch.Tensor` of shape `(B, past + T)`), position_ids (`torch.LongTensor` of shape
+            `(…, B, T)`), mm_encoder_outputs (`dict`), token_type_ids (`torch.LongTensor` of shape `(B, T)`):
+            the backbone's inputs for all columns.
+        past (`int`): length of the cache before the first column.
+        kwargs: inputs that are the same for all columns.
+    """
+
+    def __init__(
+        self,
+        core,
+        placeholders,
+        *,
+        attention_mask,
+        position_ids,
+        mm_encoder_outputs,
+        token_type_ids=None,
+        past=0,
+        **kwargs,
+    ):
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
+        self.core, self.placeholders, self.past, self.kwargs = core, placeholders, past, kwargs
+        self.attention_mask, self.position_ids = attention_mask, position_ids
+        self.mm_encoder_outputs, self.token_type_ids = mm_encoder_outputs, token_type_ids
+
+    def __call__(self, start: int, embeds, cache, *, use_cache=False):
+        """Outputs for the columns from `start` on that `embeds` (B, columns, D) holds."""
+        stop = start + embeds.shape[1]
+        kwargs = dict(self.kwargs)
+        if self.token_type_ids is not None:
+            kwargs["token_type_ids"] = self.token_type_ids[:, start:stop]
+        return self.core(
+            inputs_embeds=embeds,
+            attention_mask=self.attention_mask[:, : self.past + stop],
+            position_ids=self.position_ids[..., start:stop],
+            past_key_values=cache,
+            use_cache=use_cache,
+            mm_encoder_outputs=slice_features(self.mm_encoder_outputs, self.placeholders, start, stop),
+            **kwargs,
+        )
+
+    def idle(self, count: int, column, latent_head, feedback) -> torch.Tensor:
+        """The sum of `count` forwards of one column (B, 1, D), for ranks with shorter walks than others."""
+        total = 0
+        for _ in range(count):
+            # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
+            idle = column + 0 * feedback.unsqueeze(1).to(column.dtype)
+            outputs = self.core(inputs_embeds=idle, position_ids=self.position_ids[..., :1], use_cache=False)
+            feedback = latent_head(outputs.last_hidden_state[:, -1])
+            total = total + outputs.last_hidden_state
+        return total
+
+
+def roll_out(forward: SlicedForward, latent_head, embeds, pads, cache, *, keep_cache=False, min_chunks=0):
+    """The cached walk: each column is computed once, a chunk of columns at a time, latents fed back in between.
+
+    Args:
+        latent_head (`nn.Module`): from the last hidden state to the next latent.
+        embeds (`torch.Tensor` of shape `(B, T, D)`): embeddings of the input ids.
+        pads (`torch.BoolTensor` of shape `(B, T)`): where `<|latent_pad|>` stands.
+        cache (`Cache`): a `ChunkCache`, or, with `keep_cache`, the cache of a generation.
+        min_chunks (`int`): number of forwards to run at least; the last ones have no effect.
+
+    Returns:
+        `tuple`: outputs of the backbone for consecutive columns (`list`), and the embeddings that it was given,
+        latents among them, `torch.Tensor` of shape `(B, T, D)`.
+    """
+    feedback = getattr(cache, "latent_feedback", None)
+    if feedback is None and pads[:, 0].any():
+        raise ValueError("A sequence starts inside a latent span: <|latent_pad|> needs a column before it.")
+    outputs, inputs = [], []
+    for start, stop in chunk_bounds(pads):
+        chunk = embeds[:, start:stop]
+        if feedback is not None:
+            first = torch.where(pads[:, start, None], feedback.to(chunk.dtype), chunk[:, 0])  # (B, D)
+            chunk = torch.cat([first.unsqueeze(1), chunk[:, 1:]], dim=1)
+        outputs.append(forward(start, chunk, cache, use_cache=keep_cache))
+        inputs.append(chunk)
+        feedback = latent_head(outputs[-1].last_hidden_state[:, -1])  # (B, D)
+        cache = cache if keep_cache else cache.advance(stop)
+    if min_chunks > len(outputs):
+        idle = forward.idle(min_chunks - len(outputs), embeds[:, :1], latent_head, feedback)
+        outputs[-1].last_hidden_state = outputs[-1].last_hidden_state + 0 * idle
+    return outputs, torch.cat(inputs, dim=1)
+
+
+def roll_out_in_parallel(
+    forward: SlicedForward, latent_head, embeds, pads, cache, *, iterations: int, gradient_iterations: int
+):
+    """Jacobi iteration: in each forward all latents are what the forward before predicts for their places.
+
+    Latents are the fixed point of one forward pass in which each depends on earlier ones only. Iteration n makes the
+    n + 1 first latents of a row exact, so S * K - 1 iterations all of them; a contracting model needs far fewer. The
+    columns before the first latent are computed once. Parallel Continuous Chain-of-Thought (arXiv 2506.18582).
+
+    Args:
+        latent_head, embeds, pads: see `roll_out`.
+        cache (`ChunkCache`): a concatenating one.
+        iterations (`int`): n. The first one starts from the embeddings of `<|latent_pad|>`.
+        gradient_iterations (`int`): through how many of the last iterations the gradient flows back. With 0 the
+            latents are constants.
+
+    Returns:
+        `tuple`: as `roll_out`.
+    """
+    columns = pads.any(0).nonzero().flatten().tolist()
+    if columns[:1] == [0]:
+        raise ValueError("A sequence starts inside a latent span: <|latent_pad|> needs a column before it.")
+    # A batch without latents runs as many forwards as any other: ranks of a sharded model wait for each other.
+    start, stop = (columns[0], columns[-1]) if columns else (pads.shape[1] - 2, pads.shape[1] - 1)
+    pads = pads[:, start:, None]
+    prefix = forward(0, embeds[:, :start], cache)
+    cache = cache.advance(start)
+    before = prefix.last_hidden_state[:, -1:]
+
+    def fill(latents):
+        """Embeddings of the columns from `start` on, with `latents` for the first of them."""
+        latents = latents[:, : pads.shape[1]]
+        rest = embeds[:, start + latents.shape[1] :]
+        return torch.where(pads, torch.cat([latents.to(embeds.dtype), rest], dim=1), embeds[:, start:])
+
+    inputs = fill(latent_head(before))
+    for iteration in range(iterations):
+        flows = torch.is_grad_enabled() and iteration >= iterations - gradient_iterations
+        with torch.set_grad_enabled(flows):
+            hidden = forward(start, inputs[:, : max(stop - start, 1)], cache).last_hidden_state
+            latents = latent_head(torch.cat([before, hidden], dim=1))
+        inputs = fill(latents)
+    outputs = forward(start, inputs, cache)
+    return [prefix, outputs], torch.cat([embeds[:, :start], inputs], dim=1)

@@ -16,15 +16,9 @@ from transformers.utils import ModelOutput
 
 from .backbone_loading import add_token_rows, check_weights, without_local_path
 from .configuration_ilvr import ILVRConfig, latent_token_ids
+from .latent_cache import ChunkCache, checkpointing_with_cache
 from .latent_generation import LatentGenerationMixin
-from .latent_rollout import (
-    ChunkCache,
-    checkpointing_with_cache,
-    chunk_bounds,
-    gather_spans,
-    scatter_spans,
-    slice_features,
-)
+from .latent_rollout import SlicedForward, gather_spans, roll_out, roll_out_in_parallel, scatter_spans
 
 
 @dataclass
@@ -146,13 +140,16 @@ class ILVRModel(ILVRPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        jacobi_iterations: int | None = None,
+        jacobi_gradient_iterations: int | None = None,
         min_chunks: int | None = None,
         **kwargs,
     ) -> ILVRModelOutput:
         """Runs the backbone and fills the latent positions of `input_ids`.
 
         Without latent ids this is the backbone's own forward. With them, the latents are `latent_values` where given
-        (teacher forcing, one forward), else the model's own feedback (one cached walk, gradients exact).
+        (teacher forcing, one forward), else the model's own feedback: one after the other (one cached walk, gradients
+        exact), or all at once by `jacobi_iterations`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): ids, with K `<|latent_pad|>` a span.
@@ -162,12 +159,18 @@ class ILVRModel(ILVRPreTrainedModel):
             latent_values (`torch.FloatTensor` of shape `(B, S, K, D)`, *optional*): latents to put in.
             latent_mask (`torch.BoolTensor` of shape `(B, S, K)`, *optional*, defaults to all): which of them are put
                 in; the other positions keep the embedding of `<|latent_pad|>`.
+            jacobi_iterations (`int`, *optional*): computes the latents by this many forwards that each refine all of
+                them (Jacobi iteration, arXiv 2506.18582), in place of one forward a latent. Exact from S * K - 1
+                iterations on; `predicted_latents` are what one more would give, and tell how far the others are.
+            jacobi_gradient_iterations (`int`, *optional*, defaults to all): through how many of the last iterations
+                the gradient flows; with 0 the latents are constants.
             min_chunks (`int`, *optional*): lengthens the walk by forwards of no effect up to this many. The ranks of a
                 model that is sharded have to run equally many, since each gathers weights from all.
             kwargs: further inputs of the backbone (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …).
 
         Raises:
-            ValueError: if `latent_values` has another K than the config, or a sequence starts inside a span.
+            ValueError: if `latent_values` has another K than the config, a sequence starts inside a span, or the
+                numbers of iterations are out of range.
         """
         inputs = {
             "attention_mask": attention_mask,
@@ -193,9 +196,11 @@ class ILVRModel(ILVRPreTrainedModel):
                 outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
         else:
             inputs = self._encode(input_ids, inputs)
-            if latent_values is None:
-                return self._rollout(input_ids, pads, min_chunks or 0, **inputs)
-            return self._forced(input_ids, pads, latent_values, latent_mask, **inputs)
+            if latent_values is not None:
+                return self._forced(input_ids, pads, latent_values, latent_mask, **inputs)
+            if jacobi_iterations is not None:
+                return self._jacobi(input_ids, pads, jacobi_iterations, jacobi_gradient_iterations, **inputs)
+            return self._rollout(input_ids, pads, min_chunks or 0, **inputs)
         return self._with_feedback(outputs)
 
     def _with_feedback(self, outputs, **latents) -> ILVRModelOutput:
@@ -254,88 +259,64 @@ class ILVRModel(ILVRPreTrainedModel):
             latent_inputs=gather_spans(embeds, pads, num_spans, size),
         )
 
-    def _rollout(
-        self,
-        input_ids,
-        pads,
-        min_chunks,
-        *,
-        attention_mask,
-        position_ids,
-        mm_encoder_outputs,
-        past_key_values=None,
-        use_cache=None,
-        output_hidden_states=False,
-        token_type_ids=None,
-        **kwargs,
-    ) -> ILVRModelOutput:
-        """The cached walk: each column is computed once, a chunk of columns at a time, latents fed back in between."""
-        embeds = self.get_input_embeddings()(input_ids)
+    def _rollout(self, input_ids, pads, min_chunks, past_key_values=None, use_cache=None, **inputs):
         keep_cache = past_key_values is not None
-        cache = past_key_values
-        if not keep_cache:
-            cache = ChunkCache.of_size(self.config.get_text_config(), input_ids.shape[1])
-        past = cache.get_seq_length()
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
-        feedback = getattr(past_key_values, "latent_feedback", None)
-        if feedback is None and pads[:, 0].any():
-            raise ValueError("A sequence starts inside a latent span: <|latent_pad|> needs a column before it.")
-
-        placeholders = self._placeholders(input_ids)
-        hidden, hidden_states, starts, fed = [], [], [], []
-        bounds = chunk_bounds(pads)
+        cache = past_key_values if keep_cache else ChunkCache.of_size(self.config.get_text_config(), pads.shape[1])
+        forward = SlicedForward(self.core, self._placeholders(input_ids), past=cache.get_seq_length(), **inputs)
+        embeds = self.get_input_embeddings()(input_ids)
         with checkpointing_with_cache(self.core):
-            for start, stop in bounds:
-                chunk = embeds[:, start:stop]
-                if feedback is not None:
-                    first = torch.where(pads[:, start, None], feedback.to(chunk.dtype), chunk[:, 0])  # (B, D)
-                    chunk = torch.cat([first.unsqueeze(1), chunk[:, 1:]], dim=1)
-                    starts.append(start)
-                    fed.append(first)
-                if token_type_ids is not None:
-                    kwargs["token_type_ids"] = token_type_ids[:, start:stop]
-                outputs = self.core(
-                    inputs_embeds=chunk,
-                    attention_mask=attention_mask[:, : past + stop],
-                    position_ids=position_ids[..., start:stop],
-                    past_key_values=cache,
-                    use_cache=keep_cache,
-                    mm_encoder_outputs=slice_features(mm_encoder_outputs, placeholders, start, stop),
-                    output_hidden_states=output_hidden_states,
-                    **kwargs,
-                )
-                hidden.append(outputs.last_hidden_state)
-                hidden_states.append(outputs.hidden_states)
-                feedback = self.latent_head(outputs.last_hidden_state[:, -1])  # (B, D)
-                cache = cache if keep_cache else cache.advance(stop)
-        outputs.last_hidden_state = torch.cat(hidden, dim=1)
-        if min_chunks > len(bounds):
-            idle = self._idle_forwards(min_chunks - len(bounds), embeds[:, :1], position_ids[..., :1], feedback)
-            outputs.last_hidden_state = outputs.last_hidden_state + 0 * idle
-        outputs.past_key_values = past_key_values
-        outputs.attentions = None
-        if output_hidden_states:
-            outputs.hidden_states = tuple(torch.cat(layer, dim=1) for layer in zip(*hidden_states))
-
-        if not pads.any():
-            return self._with_feedback(outputs)
-        columns = torch.tensor(starts, device=embeds.device)
-        fed = embeds.index_copy(1, columns, torch.stack(fed, dim=1))  # (B, T, D): what each column was given
-        num_spans = -(-int(pads.sum(1).max()) // self.config.latent_size)
-        latents = gather_spans(fed, pads, num_spans, self.config.latent_size)
+            pieces, fed = roll_out(
+                forward, self.latent_head, embeds, pads, cache, keep_cache=keep_cache, min_chunks=min_chunks
+            )
+        outputs = _join(pieces, past_key_values)
+        latents = self._gather(fed, pads)
         return self._with_feedback(outputs, predicted_latents=latents, latent_inputs=latents)
 
-    def _idle_forwards(self, count: int, column, position_ids, feedback) -> torch.Tensor:
-        """The sum of `count` forwards of one column (B, 1, D), for ranks with shorter walks than others."""
-        total = 0
-        for _ in range(count):
-            # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
-            idle = column + 0 * feedback.unsqueeze(1).to(column.dtype)
-            idle = self.core(inputs_embeds=idle, position_ids=position_ids, use_cache=False).last_hidden_state
-            feedback = self.latent_head(idle[:, -1])
-            total = total + idle
-        return total
+    def _jacobi(
+        self, input_ids, pads, iterations, gradient_iterations, past_key_values=None, use_cache=None, **inputs
+    ):
+        if past_key_values is not None:
+            raise ValueError("jacobi_iterations computes whole sequences. Leave past_key_values out.")
+        gradient_iterations = iterations if gradient_iterations is None else gradient_iterations
+        if iterations < 1 or not 0 <= gradient_iterations <= iterations:
+            raise ValueError(
+                "`jacobi_iterations` must be at least 1 and `jacobi_gradient_iterations` between 0 and that, got "
+                f"{iterations} and {gradient_iterations}."
+            )
+        cache = ChunkCache.concatenating(self.config.get_text_config())
+        forward = SlicedForward(self.core, self._placeholders(input_ids), **inputs)
+        embeds = self.get_input_embeddings()(input_ids)
+        with checkpointing_with_cache(self.core):
+            pieces, fed = roll_out_in_parallel(
+                forward,
+                self.latent_head,
+                embeds,
+                pads,
+                cache,
+                iterations=iterations,
+                gradient_iterations=gradient_iterations,
+            )
+        outputs = _join(pieces)
+        before = outputs.last_hidden_state.roll(1, dims=1)  # h_{t-1} in column t
+        latents = {
+            "predicted_latents": self.latent_head(self._gather(before, pads)),
+            "latent_inputs": self._gather(fed, pads),
+        }
+        return self._with_feedback(outputs, **latents)
+
+    def _gather(self, values, pads):
+        num_spans = -(-int(pads.sum(1).max()) // self.config.latent_size)
+        return gather_spans(values, pads, num_spans, self.config.latent_size)
+
+
+def _join(pieces: list, past_key_values=None):
+    """Outputs of the backbone for a whole sequence."""
+    outputs = pieces[-1]
+    outputs.last_hidden_state = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(torch.cat(layer, dim=1) for layer in zip(*(p.hidden_states for p in pieces)))
+    outputs.past_key_values, outputs.attentions = past_key_values, None
+    return outputs
 
 
 class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, GenerationMixin):

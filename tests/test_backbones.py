@@ -20,7 +20,7 @@ from test_modeling import (
 from test_trainer import make_trainer
 
 from ilvr import ILVRProcessor
-from ilvr.latent_rollout import ChunkCache
+from ilvr.latent_cache import ChunkCache
 
 
 BACKBONES = [name for name in BUILDERS if name not in FULLY_TESTED]

@@ -11,7 +11,7 @@ from conftest import LATENT_SIZE, encode, make_sample, perturb
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.latent_rollout import ChunkCache
+from ilvr.latent_cache import ChunkCache
 from ilvr.trainer.image_features import image_outputs, without_pixels
 
 

@@ -185,6 +185,8 @@ class ILVRTrainer(SFTTrainer):
             latent_values=targets,
             latent_mask=target_mask,
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
+            jacobi_iterations=self.args.jacobi_iterations,
+            jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
             logits_to_keep=columns,
             use_cache=False,
         )
@@ -208,6 +210,9 @@ class ILVRTrainer(SFTTrainer):
             if num_items_in_batch is not None:
                 alignment = alignment * num_samples / self._samples_per_rank
             loss = loss + self.args.alignment_weight * alignment
+        elif self.args.jacobi_iterations is not None and outputs.latent_inputs is not None:
+            residual = (outputs.predicted_latents - outputs.latent_inputs).norm() / outputs.latent_inputs.norm()
+            self._record(outputs.latent_inputs.any(-1).sum(), latent_residual=residual)
         self._record((labels != -100).sum(), **token_statistics(outputs.logits, labels))
         spans = (inputs["input_ids"] == self.student.config.latent_start_token_id).sum(1)  # (B,)
         self._record(len(spans), spans_per_sample=spans.float().mean())
@@ -230,6 +235,8 @@ class ILVRTrainer(SFTTrainer):
     def _chunks_of_all_ranks(self, input_ids) -> int | None:
         if self.args.stage == 1 or not is_sharded(self.accelerator):
             return None
+        if self.args.jacobi_iterations is not None:
+            return 1  # the same number on all ranks, if none leaves them out
         pads = input_ids == self.student.config.latent_pad_token_id
         return int(self.accelerator.gather(torch.tensor([len(chunk_bounds(pads))], device=pads.device)).max())
 

@@ -48,6 +48,14 @@ class ILVRTrainingConfig(SFTConfig):
         alignment_noise (`float`, *optional*, defaults to 0.01):
             Standard deviation of the noise added to the targets of the alignment loss.
 
+        > Stage 2: latents in parallel
+
+        jacobi_iterations (`int`, *optional*):
+            Computes all latents of a sequence at once, by this many forwards that each refine them all, in place of
+            one after the other (the paper, and the default). The log's `latent_residual` tells what is left to refine.
+        jacobi_gradient_iterations (`int`, *optional*, defaults to all):
+            Through how many of the last of these the gradient flows.
+
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-5, `weight_decay` 0.01, `num_train_epochs` 15,
     > `per_device_train_batch_size` 1, `gradient_accumulation_steps` 8, `max_grad_norm` 1.0, `max_length` `None` (no
@@ -90,6 +98,13 @@ class ILVRTrainingConfig(SFTConfig):
     alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
     alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})
 
+    jacobi_iterations: int | None = field(
+        default=None, metadata={"help": "Refines all latents at once, this many times. Default: one after the other."}
+    )
+    jacobi_gradient_iterations: int | None = field(
+        default=None, metadata={"help": "Iterations, the last ones, that the gradient flows through. Default: all."}
+    )
+
     def __post_init__(self):
         with warnings.catch_warnings():
             # TRL sets `gradient_checkpointing`, transformers has renamed it: nothing a user can act on.
@@ -105,6 +120,14 @@ class ILVRTrainingConfig(SFTConfig):
             raise ValueError(
                 "`selection_top_p` must lie in (0, 1] and `selection_temperature` above 0, got "
                 f"{self.selection_top_p} and {self.selection_temperature}."
+            )
+        iterations, gradient_iterations = self.jacobi_iterations, self.jacobi_gradient_iterations
+        if iterations is not None and (self.stage == 1 or iterations < 1):
+            raise ValueError(f"`jacobi_iterations` is for stage 2 and at least 1, got {iterations}.")
+        if gradient_iterations is not None and not 0 <= gradient_iterations <= (iterations or -1):
+            raise ValueError(
+                f"`jacobi_gradient_iterations` must lie between 0 and `jacobi_iterations`, got {gradient_iterations} "
+                f"and {iterations}."
             )
         if self.packing or self.padding_free:
             raise ValueError("`packing` and `padding_free` would mix the spans of samples; set both to False.")

@@ -1,0 +1,116 @@
+"""Latents computed all at once: equal to the walk in the limit, and before it to the iteration written plainly."""
+
+import pytest
+import torch
+from backbones import FULLY_TESTED
+from conftest import LATENT_SIZE, encode, make_sample
+from test_modeling import SAMPLES, gradients, largest_difference, next_token_loss
+from test_trainer import make_trainer
+
+from ilvr.trainer import ILVRTrainingConfig
+
+
+BACKBONES = FULLY_TESTED
+ALL = 2 * LATENT_SIZE  # latents of the longest row: so many iterations are exact
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_enough_iterations_have_the_logits_and_gradients_of_the_walk(model, processor, padding_side, checkpointing):
+    inputs = encode(processor, SAMPLES, padding_side)
+    model.train()
+    walked = model(**inputs)
+    expected = gradients(model, next_token_loss(walked.logits, inputs))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    outputs = model(**inputs, jacobi_iterations=ALL)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(outputs.logits[real], walked.logits[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.latent_inputs, walked.latent_inputs, rtol=1e-4, atol=1e-4)
+    assert largest_difference(gradients(model, next_token_loss(outputs.logits, inputs)), expected) < 1e-4
+    # The control: too few iterations leave a difference, in latents and gradients.
+    few = model(**inputs, jacobi_iterations=2)
+    assert (few.latent_inputs - walked.latent_inputs).norm() > 1e-2 * walked.latent_inputs.norm()
+    assert largest_difference(gradients(model, next_token_loss(few.logits, inputs)), expected) > 1e-2
+
+
+def plain_iteration(model, inputs, iterations: int, gradient_iterations: int):
+    """Forwards of whole sequences, each fed with what the one before predicts."""
+    pads = inputs["input_ids"] == model.config.latent_pad_token_id
+    pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+    latents = pad.expand(len(pads), int(pads.sum(1).max()) // LATENT_SIZE, LATENT_SIZE, -1)
+    first = model(**inputs, latent_values=latents).predicted_latents[:, 0, 0]
+    starts = pads.int().argmax(1)
+    known = (starts == starts.min()).view(-1, 1, 1, 1)  # of a row that starts later, the first pass knows nothing
+    known = known & (torch.arange(latents.shape[1] * LATENT_SIZE).view(1, -1, LATENT_SIZE, 1) == 0)
+    latents = torch.where(known, first.view(len(pads), 1, 1, -1), latents)
+    for iteration in range(iterations):
+        with torch.set_grad_enabled(iteration >= iterations - gradient_iterations):
+            latents = model(**inputs, latent_values=latents).predicted_latents
+    return model(**inputs, latent_values=latents)
+
+
+@pytest.mark.parametrize(("iterations", "gradient_iterations"), [(1, 1), (2, 2), (3, 2), (3, 1), (2, 0)])
+def test_iterations_are_those_written_plainly(model, processor, iterations, gradient_iterations):
+    inputs = encode(processor, SAMPLES, "left")
+    model.train()
+    expected = plain_iteration(model, inputs, iterations, gradient_iterations)
+    found = model(**inputs, jacobi_iterations=iterations, jacobi_gradient_iterations=gradient_iterations)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-4, atol=1e-4)
+    pads = (inputs["input_ids"] == model.config.latent_pad_token_id).sum(1)
+    for row, used in enumerate(pads // LATENT_SIZE):
+        for name in ("latent_inputs", "predicted_latents"):
+            torch.testing.assert_close(found[name][row, :used], expected[name][row, :used], rtol=1e-4, atol=1e-4)
+    expected, found = (gradients(model, next_token_loss(o.logits, inputs)) for o in (expected, found))
+    assert largest_difference(found, expected) < 1e-4
+    if gradient_iterations < iterations:  # the control
+        whole = model(**inputs, jacobi_iterations=iterations)
+        assert largest_difference(gradients(model, next_token_loss(whole.logits, inputs)), expected) > 1e-3
+
+
+@pytest.mark.parametrize(("iterations", "gradient_iterations"), [(0, None), (2, 3), (2, -1)])
+def test_iterations_out_of_range_are_refused(model, processor, iterations, gradient_iterations):
+    inputs = encode(processor, SAMPLES)
+    with pytest.raises(ValueError, match=f"got {iterations} and"):
+        model(**inputs, jacobi_iterations=iterations, jacobi_gradient_iterations=gradient_iterations)
+
+
+@pytest.mark.parametrize("words", [["Right", "Down", "Up"], ["Right"]])
+def test_batches_with_and_without_latents_run_as_many_forwards_and_backwards(model, processor, words):
+    """Ranks of a sharded model wait for each other at each of them."""
+    inputs = encode(processor, [make_sample(words)])
+    plain = model.train()(**inputs)
+    calls = []
+    layer = model.model.core.get_decoder().layers[0].mlp
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+    outputs = model(**inputs, jacobi_iterations=3, jacobi_gradient_iterations=2, min_chunks=1)
+    next_token_loss(outputs.logits, inputs).backward()
+    assert calls == ["forward"] * 5 + ["backward"] * 4
+    if len(words) == 1:
+        torch.testing.assert_close(outputs.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_trainer_logs_what_is_left_to_refine(model, processor, tmp_path):
+    def residual(iterations: int) -> float:
+        settings = {"stage": 2, "max_steps": 1, "learning_rate": 0.0, "jacobi_iterations": iterations}
+        trainer = make_trainer(model, processor, tmp_path, **settings)
+        trainer.train()
+        return trainer.state.log_history[0]["latent_residual"]
+
+    assert residual(1) > 0.1 and residual(9) < 1e-5  # up to three spans of three latents
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": 1, "jacobi_iterations": 2}, "is for stage 2"),
+        ({"stage": 2, "jacobi_iterations": 0}, "at least 1"),
+        ({"stage": 2, "jacobi_iterations": 2, "jacobi_gradient_iterations": 3}, "between 0 and"),
+        ({"stage": 2, "jacobi_gradient_iterations": 1}, "between 0 and"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ILVRTrainingConfig(str(tmp_path), use_cpu=True, **settings)
