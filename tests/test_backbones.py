@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from backbones import BUILDERS, FULLY_TESTED
-from conftest import encode
+from conftest import LATENT_SIZE, encode
 from test_generation import run
 from test_modeling import (
     SAMPLES,
@@ -35,6 +35,18 @@ def test_walk_has_the_gradients_of_prefix_recompute(model, processor, checkpoint
     if checkpointing:
         model.activation_checkpointing_enable()
     found = gradients(model, next_token_loss(model(**inputs).logits, inputs))
+    assert largest_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_enough_jacobi_iterations_have_the_gradients_of_the_walk(model, processor, checkpointing):
+    inputs = encode(processor, SAMPLES, "left")
+    model.train()
+    expected = gradients(model, next_token_loss(model(**inputs).logits, inputs))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    outputs = model(**inputs, jacobi_iterations=2 * LATENT_SIZE)
+    found = gradients(model, next_token_loss(outputs.logits, inputs))
     assert largest_difference(found, expected) < 1e-4
 
 

@@ -28,6 +28,7 @@ SAMPLES = [(words, f"Plan {i}") for i, words in enumerate(WORDS * 2)]
 RUNS = {
     "stage1": {"stage": 1},
     "stage2": {"stage": 2},
+    "jacobi": {"stage": 2, "jacobi_iterations": 3, "jacobi_gradient_iterations": 2, "untied": True},
     "accumulated": {"stage": 1, "gradient_accumulation_steps": 2, "max_steps": 2},
     "checkpointing": {"stage": 2, "activation_checkpointing": True, "untied": True},
     "untied": {"stage": 1, "untied": True},
@@ -102,7 +103,7 @@ ENGINES = {
     "ddp": ("DistributedDataParallel", list(RUNS)),
     "fsdp2": ("FSDP", list(RUNS)),
     "zero2": ("DeepSpeedEngine", ["stage1", "stage2", "untied"]),
-    "zero3": ("DeepSpeedEngine", ["stage2", "checkpointing"]),
+    "zero3": ("DeepSpeedEngine", ["stage2", "checkpointing", "jacobi"]),
 }
 CASES = [
     pytest.param(engine, name, marks=[pytest.mark.slow] if "zero" in engine else [])
