@@ -1,7 +1,9 @@
 """Latent spans inside `generate`: which ids are forced, and which vector the next step is fed.
 
 The decoding loop is that of transformers; only hooks that it calls are overridden. What travels from step to step is
-one vector a row, `latent_feedback` (B, D), kept on the cache, so that it is reordered and returned with it.
+one vector a row, `latent_feedback` (B, D), kept on the cache, so that it is reordered and returned with it. With
+`jacobi_iterations` the cache also holds `latent_plan` (B, K, D), the latents of the span that a row is in, and
+`columns_ahead` (B, columns, D), the last hidden states of columns that it has computed before their steps.
 
 B batch (times beams), T sequence, K latents a span, D hidden, V vocabulary.
 """
@@ -47,12 +49,20 @@ class LatentControl:
 
     intervention: Callable | None = None
     history: dict[int, torch.Tensor] | None = None
+    jacobi_iterations: int | None = None
 
 
 class LatentGenerationMixin:
     """Overrides of `GenerationMixin` hooks; a class lists it before `GenerationMixin`."""
 
-    def generate(self, *args, output_latents: bool = False, latent_intervention: Callable | None = None, **kwargs):
+    def generate(
+        self,
+        *args,
+        output_latents: bool = False,
+        latent_intervention: Callable | None = None,
+        jacobi_iterations: int | None = None,
+        **kwargs,
+    ):
         """Generates words and latent spans. As [`~transformers.GenerationMixin.generate`], and:
 
         Args:
@@ -62,6 +72,10 @@ class LatentGenerationMixin:
                 Replaces latents before they are used: called as `latent_intervention(latents, span, index)` with
                 `latents` (B, D), `span` (B,) the number of the span in its row and `index` (B,) that of the latent in
                 its span, both from 0; returns (B, D). Rows outside a span are ignored.
+            jacobi_iterations (`int`, *optional*):
+                Computes the latents of a span at once, by this many forwards that each refine all of them and one more
+                that keeps them, in place of one forward a latent; K - 1 iterations are exact. Saves time where all
+                rows of a batch enter their spans together, as one row does. Needs a cache that can be cropped.
 
         Returns:
             As `generate`. With `output_latents`, the output has a field `latents`: a list with a tensor of shape
@@ -69,20 +83,30 @@ class LatentGenerationMixin:
 
         Raises:
             ValueError: for assisted or prompt-lookup decoding, and where latents are asked for without a cache or
-                without `return_dict_in_generate=True`.
+                without `return_dict_in_generate=True`, or at once with hidden states or attentions of all layers.
         """
         if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None:
             raise ValueError(
                 "Assisted decoding drafts words and cannot draft latents. Remove assistant_model and "
                 "prompt_lookup_num_tokens."
             )
-        if output_latents or latent_intervention is not None:
+        if output_latents or latent_intervention is not None or jacobi_iterations is not None:
             if kwargs.get("use_cache") is False:
-                raise ValueError("output_latents and latent_intervention need use_cache=True.")
-            kwargs["latent_control"] = LatentControl(latent_intervention, {} if output_latents else None)
+                raise ValueError("output_latents, latent_intervention and jacobi_iterations need use_cache=True.")
+            history = {} if output_latents else None
+            kwargs["latent_control"] = LatentControl(latent_intervention, history, jacobi_iterations)
+        if jacobi_iterations is not None:
+            if jacobi_iterations < 1:
+                raise ValueError(f"`jacobi_iterations` must be at least 1, got {jacobi_iterations}.")
+            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+                raise ValueError("jacobi_iterations keeps no hidden states or attentions of each step to return.")
         if output_latents and not kwargs.get("return_dict_in_generate"):
             raise ValueError("output_latents=True needs return_dict_in_generate=True, to have a place for them.")
         outputs = super().generate(*args, **kwargs)
+        ahead = getattr(getattr(outputs, "past_key_values", None), "columns_ahead", None)
+        if ahead is not None and ahead.shape[1]:  # stopped within a span
+            outputs.past_key_values.crop(-ahead.shape[1])
+            del outputs.past_key_values.columns_ahead
         if output_latents:
             outputs.latents = self._collect_latents(outputs, kwargs["latent_control"].history)
         return outputs
@@ -90,19 +114,72 @@ class LatentGenerationMixin:
     generate.__signature__ = inspect.signature(GenerationMixin.generate)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, latent_control=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         feedback = getattr(past_key_values, "latent_feedback", None)
-        if latent_control is not None and feedback is not None:
-            pads = input_ids == self.config.latent_pad_token_id
-            in_span = pads[:, -1]
-            if latent_control.intervention is not None:
-                latent_number = pads.sum(1) - 1
-                size = self.config.latent_size
-                changed = latent_control.intervention(feedback, latent_number // size, latent_number % size)
-                feedback = torch.where(in_span.unsqueeze(1), changed.to(feedback), feedback)
-                past_key_values.latent_feedback = feedback
-            if latent_control.history is not None:
-                latent_control.history[input_ids.shape[1] - 1] = feedback
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if latent_control is None or feedback is None:
+            return inputs
+        pads = input_ids == self.config.latent_pad_token_id
+        in_span, number = pads[:, -1], pads.sum(1) - 1  # (B,)
+        if latent_control.jacobi_iterations is not None:
+            starts = in_span & (input_ids[:, -2] == self.config.latent_start_token_id)
+            if starts.any():
+                self._plan_span(inputs, starts, number, latent_control)
+            plan = getattr(past_key_values, "latent_plan", None)
+            if plan is not None:
+                planned = plan[torch.arange(len(plan), device=plan.device), number % self.config.latent_size]
+                feedback = torch.where(in_span.unsqueeze(1), planned, feedback)
+        else:
+            feedback = self._intervene(latent_control, feedback, in_span, number)
+        past_key_values.latent_feedback = feedback
+        if latent_control.history is not None:
+            latent_control.history[input_ids.shape[1] - 1] = feedback
+        return inputs
+
+    def _intervene(self, control: LatentControl, latents, rows, number):
+        """`latents` (B, D), the ones of `number` (B,) in their rows, with what the intervention makes of those."""
+        if control.intervention is None:
+            return latents
+        size = self.config.latent_size
+        changed = control.intervention(latents, number // size, number % size)
+        return torch.where(rows.unsqueeze(1), changed.to(latents), latents)
+
+    def _plan_span(self, inputs, starts, number, control: LatentControl):
+        """Computes the latents of the spans that the rows `starts` (B,) enter, by Jacobi iteration over K columns."""
+        cache, size, mask = inputs["past_key_values"], self.config.latent_size, inputs.get("attention_mask")
+        if cache.is_compileable or not cache.is_croppable:
+            raise ValueError(
+                f"jacobi_iterations computes columns again, which a {type(cache).__name__} of this model does not "
+                "allow. Use a dynamic cache with attention layers alone, or leave jacobi_iterations out."
+            )
+        cache.activate_past_recording()  # sliding windows are cropped, too
+        embeds = self.get_input_embeddings()(inputs["input_ids"].expand(-1, size))  # of `<|latent_pad|>`, in `starts`
+        offsets = torch.arange(size, device=embeds.device)
+
+        def forward(latents):
+            length = latents.shape[1]
+            grown = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), length - 1)], dim=1)
+            return self.model.core(
+                inputs_embeds=latents.to(embeds.dtype),
+                attention_mask=grown,
+                position_ids=inputs["position_ids"][..., -1:] + offsets[:length],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+        def intervene(latents):
+            columns = [self._intervene(control, latents[:, i], starts, number + i) for i in range(latents.shape[1])]
+            return torch.stack(columns, dim=1)
+
+        first = cache.latent_feedback.unsqueeze(1)
+        latents = intervene(torch.cat([first, embeds[:, 1:].to(first.dtype)], dim=1))
+        for _ in range(control.jacobi_iterations if size > 1 else 0):
+            hidden = forward(latents[:, :-1])
+            cache.crop(1 - size)
+            latents = intervene(torch.cat([first, self.model.latent_head(hidden)], dim=1))
+        plan = getattr(cache, "latent_plan", latents)
+        cache.latent_plan = torch.where(starts.view(-1, 1, 1), latents, plan)
+        if starts.all():
+            cache.columns_ahead = forward(latents)
 
     def _collect_latents(self, outputs, history) -> list[torch.Tensor]:
         """Sorts the recorded vectors by returned row and span: a list of (spans, K, D)."""
@@ -140,8 +217,9 @@ class LatentGenerationMixin:
 
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.reorder_cache(beam_idx)
-        if getattr(past_key_values, "latent_feedback", None) is not None:
-            past_key_values.latent_feedback = past_key_values.latent_feedback.index_select(0, beam_idx)
+        for name in ("latent_feedback", "latent_plan", "columns_ahead"):
+            if getattr(past_key_values, name, None) is not None:
+                setattr(past_key_values, name, getattr(past_key_values, name).index_select(0, beam_idx))
         return past_key_values
 
     def _validate_model_kwargs(self, model_kwargs):

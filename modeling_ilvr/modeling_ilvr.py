@@ -183,7 +183,12 @@ class ILVRModel(ILVRPreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         pads = None if input_ids is None else input_ids == self.config.latent_pad_token_id
         feedback = getattr(past_key_values, "latent_feedback", None)
-        if pads is not None and feedback is not None and pads.shape[1] == 1:
+        ahead = getattr(past_key_values, "columns_ahead", None)
+        if ahead is not None and ahead.shape[1]:
+            # A step of generation whose column was computed with the first of its span.
+            past_key_values.columns_ahead = ahead[:, 1:]
+            outputs = ILVRModelOutput(last_hidden_state=ahead[:, :1], past_key_values=past_key_values)
+        elif pads is not None and feedback is not None and pads.shape[1] == 1:
             # A step of generation: no look at the values, so that nothing waits for the device.
             embeds = self.get_input_embeddings()(input_ids)
             embeds = torch.where(pads.unsqueeze(-1), feedback.unsqueeze(1).to(embeds.dtype), embeds)

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from backbones import BUILDERS, FULLY_TESTED
 from conftest import LATENT_SIZE, encode
 from test_generation import run
@@ -59,6 +60,23 @@ def test_generation_is_exact_in_batches(model, processor):
         single = encode(processor, [prompt], prompt_only=True)
         ids = run(model, single, steps[row : row + 1])[:, single["input_ids"].shape[1] :]
         assert ids[0].equal(expected[row, inputs["input_ids"].shape[1] :])
+
+
+def test_generation_of_whole_spans_is_exact_or_refused(model, processor, backbone_name):
+    inputs = encode(processor, PROMPTS, "left", prompt_only=True)
+    options = {"jacobi_iterations": LATENT_SIZE - 1, "return_dict_in_generate": True, "output_latents": True}
+    steps = [(1, 9)] * 2
+    if backbone_name == "qwen3_5":  # the states of linear attention cannot be cut back
+        with pytest.raises(ValueError, match="attention layers alone"):
+            run(model, inputs, steps, **options)
+        return
+    found, expected = (
+        run(model, inputs, steps, **options),
+        run(model, inputs, steps, **{**options, "jacobi_iterations": None}),
+    )
+    assert found.sequences.equal(expected.sequences)
+    for one, other in zip(found.latents, expected.latents, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_assistant_words_are_marked(processor):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from backbones import FULLY_TESTED
 from conftest import LATENT_SIZE, encode, make_sample
+from test_generation import PROMPTS, STEPS, run
 from test_modeling import SAMPLES, gradients, largest_difference, next_token_loss
 from test_trainer import make_trainer
 
@@ -90,6 +91,99 @@ def test_batches_with_and_without_latents_run_as_many_forwards_and_backwards(mod
     assert calls == ["forward"] * 5 + ["backward"] * 4
     if len(words) == 1:
         torch.testing.assert_close(outputs.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+LOGITS = {"return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture
+def prompts(processor):
+    return encode(processor, PROMPTS, "left", prompt_only=True)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("steps", [STEPS, [(1, 9)] * 3])
+def test_generation_with_enough_iterations_is_the_sequential_one(model, prompts, steps, num_beams):
+    """Rows in mixed phases, and rows that enter their spans together and have them computed ahead."""
+    options = {"num_beams": num_beams, "output_latents": True, **LOGITS}
+    expected = run(model, prompts, steps, **options)
+    found = run(model, prompts, steps, jacobi_iterations=LATENT_SIZE - 1, **options)
+    assert found.sequences.equal(expected.sequences)
+    assert_all_close([*found.logits, *found.latents], [*expected.logits, *expected.latents])
+
+
+def assert_all_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_and_single_have_the_same_approximate_latents(model, processor, prompts):
+    options = {"jacobi_iterations": 1, "output_latents": True, **LOGITS}
+    batch, exact = run(model, prompts, **options), run(model, prompts, output_latents=True, **LOGITS)
+    for row in range(2):
+        single = encode(processor, PROMPTS[row : row + 1], prompt_only=True)
+        alone = run(model, single, STEPS[row : row + 1], **options)
+        assert_all_close(
+            [alone.latents[0], *alone.logits], [batch.latents[row], *(step[[row]] for step in batch.logits)]
+        )
+        difference = (batch.latents[row] - exact.latents[row])[0]  # in the first span
+        assert difference[:2].abs().max() < 1e-4 < difference[2:].abs().max()  # one iteration: two are exact
+
+
+def test_generation_and_forward_agree_on_the_first_span(model, processor):
+    prompt = encode(processor, PROMPTS[:1], prompt_only=True)
+    output = run(model, prompt, [(1,)], jacobi_iterations=1, return_dict_in_generate=True, output_latents=True)
+    whole = {**prompt, "input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
+    whole.pop("mm_token_type_ids", None)
+    assert_all_close(model(**whole, jacobi_iterations=1).latent_inputs, output.latents)
+
+
+def test_rows_that_go_together_take_fewer_forwards(model, prompts):
+    calls = []
+    model.model.core.register_forward_hook(lambda *_: calls.append(1))
+    run(model, prompts, [(1, 9)] * 3)
+    sequential = len(calls)
+    calls.clear()
+    run(model, prompts, [(1, 9)] * 3, jacobi_iterations=1)
+    assert len(calls) == sequential - 2 * (LATENT_SIZE - 2)
+
+
+@pytest.mark.parametrize("steps", [STEPS, [(1, 9)] * 3])
+def test_interventions_reach_the_iterations(model, prompts, steps):
+    def turn_the_first(latents, span, index):
+        return torch.where((index == 0).unsqueeze(1), -latents, latents)
+
+    options = {"latent_intervention": turn_the_first, "output_latents": True, **LOGITS}
+    expected = run(model, prompts, steps, **options)
+    found = run(model, prompts, steps, jacobi_iterations=LATENT_SIZE - 1, **options)
+    assert_all_close([*found.logits, *found.latents], [*expected.logits, *expected.latents])
+
+
+def test_a_cache_returned_within_a_span_holds_what_was_generated(model, processor):
+    prompt = encode(processor, PROMPTS[:1], prompt_only=True)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True}  # a word, start, two pads
+    expected, found = (run(model, prompt, [(1,)], **options, **more) for more in ({}, {"jacobi_iterations": 2}))
+    keys = [[layer.keys for layer in output.past_key_values.layers] for output in (found, expected)]
+    assert_all_close(*keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jacobi_iterations": 0}, "at least 1, got 0"),
+        ({"use_cache": False}, "need use_cache=True"),
+        ({"output_hidden_states": True}, "no hidden states"),
+        ({"cache_implementation": "static"}, "Use a dynamic cache"),
+    ],
+)
+def test_generation_that_cannot_iterate_is_refused(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(model, prompts, **{"jacobi_iterations": 1, **options})
+
+
+# --------------------------------------------------------------------------------------------------------- the trainer
 
 
 def test_trainer_logs_what_is_left_to_refine(model, processor, tmp_path):
