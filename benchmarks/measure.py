@@ -55,15 +55,12 @@ def ratio(one: list[float], other: list[float]) -> float:
 
 
 def peak_memory(run: Callable) -> int:
-    """Bytes that `run` needs at its peak, above what was allocated before.
+    """Bytes that `run`, which frees what it makes, needs at its peak, above what was allocated before.
 
     Counted by torch's allocator: on CUDA its own maximum, on a CPU the profiler's record of every allocation. The
     process's resident set would depend on what malloc keeps of earlier measurements. Scratch memory inside a kernel
     is not counted.
     """
-    # Gradients of the side before would be freed within the measurement, and the profiler knows the size of those that
-    # it saw being made. After a run outside it knows none.
-    run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -10,7 +10,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from .model import WORDS_BETWEEN_SPANS
 from .report import CENTRE, varied
+from .sides import PARALLEL
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,24 @@ def stage1(m: Sizes, S: int, T: int) -> dict[str, float]:  # noqa: N803
 
 
 def stage2(m: Sizes, S: int, K: int, T: int) -> dict[str, float]:  # noqa: N803
-    """FLOPs of a sample, and the bytes of weights that the walk reads, once forwards and once backwards a latent."""
+    """FLOPs of a sample, and the bytes of weights that narrow forwards and backwards read.
+
+    The walk reads them twice a latent. In parallel, each refinement computes the columns of the spans and of the words
+    between them, with the gradient three times, and reads the weights once in each direction.
+    """
     prefix = T * 0.9  # mean length of the prefixes: the spans stand in the last part of a sequence
     published = m.image() + 4 * (S * K * m.forward(round(prefix)) + m.forward(T))
-    return {"ours": m.image() + 3 * m.forward(T), "published": published, "reads": 2 * S * K * 2 * m.decoder}
+    ours = m.image() + 3 * m.forward(T)
+    iterations, with_gradient = PARALLEL.values()
+    forwards = iterations + 2 * with_gradient
+    refined = S * (K + 2 + WORDS_BETWEEN_SPANS)
+    return {
+        "ours": ours,
+        "published": published,
+        "parallel": ours + forwards * 2 * m.decoder * refined,
+        "reads": 2 * S * K * 2 * m.decoder,
+        "parallel reads": (iterations + with_gradient) * 2 * m.decoder,
+    }
 
 
 def page(results: dict) -> str:
@@ -93,16 +109,17 @@ def page(results: dict) -> str:
         f"{FRACTION:.0%} of its FLOP/s reached, which is assumed.",
         "",
         "| batch on a GPU | stage 1, s | published / ours | stage 2: FLOPs, s | weight reads, s | over the floor | "
-        "published / ours |",
-        "|" + "---|" * 7,
+        "published / ours | in parallel: s | over the floor |",
+        "|" + "---|" * 9,
     ]
     speed, one, two = FRACTION * H100["flops"], stage1(LARGE, S, T), stage2(LARGE, S, K, T)
     for batch in (1, 2, 4, 8, 16):
         compute, reads = batch * two["ours"] / speed, two["reads"] / H100["bytes"]
+        parallel = batch * two["parallel"] / speed + two["parallel reads"] / H100["bytes"]
         lines.append(
             f"| {batch} | {batch * one['ours'] / speed:.2f} | {one['published'] / one['ours']:.1f} | {compute:.2f} | "
             f"{reads:.2f} | {(compute + reads) / compute:.2f} | "
-            f"{batch * two['published'] / speed / (compute + reads):.0f} |"
+            f"{batch * two['published'] / speed / (compute + reads):.0f} | {parallel:.2f} | {parallel / compute:.2f} |"
         )
     sharded = (2 + 2 + 12) * TRAINED / 8 + 2 * (PARAMETERS - TRAINED)
     cuts = LARGE.layers * 2 * LARGE.key_value * 2 * T * S * K / 2
@@ -110,7 +127,9 @@ def page(results: dict) -> str:
         "",
         "The floor is one forward and backward. A latent reads all weights for one column a sample, so the walk is "
         "bound by memory until a batch is large: rows of a batch share the reads, because the collator puts their "
-        "spans in the same columns. Gradients of weights are taken to be made once, not at each latent. Gradient "
+        "spans in the same columns. Gradients of weights are taken to be made once, not at each latent. In parallel: "
+        f"{PARALLEL['jacobi_iterations']} Jacobi iterations, the gradient through "
+        f"{PARALLEL['jacobi_gradient_iterations']} ([error](parallel_latents.md)). Gradient "
         "checkpointing adds one forward to each side; communication is not counted.",
         "",
         "| bytes on each of 8 GPUs | GB |",

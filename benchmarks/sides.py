@@ -3,6 +3,7 @@
 A floor is the least that anybody who computes the same must compute, on the plain backbone.
 """
 
+import copy
 import time
 
 import torch
@@ -13,8 +14,15 @@ from .model import load, make_batch, make_trainer, whole_teacher
 from .reference import reference_stage1_step, reference_stage2_step
 
 
+# Stage 2 with latents in parallel: three refinements, the gradient through the last of them.
+PARALLEL = {"jacobi_iterations": 3, "jacobi_gradient_iterations": 1}
+
+
 def stage_sides(folder, workload, stage: int) -> dict:
-    """`ours`, `floor` and, for batch 1, `reference`; each returns its loss and leaves its gradients."""
+    """`ours`, `floor` and, for batch 1, `reference`; each computes gradients, drops them, and returns its loss.
+
+    Stage 1 has `cached` beside, ours with `cache_images`; stage 2 `parallel`, ours with `PARALLEL`.
+    """
     model, processor = load(folder, workload.latents)
     trainer = make_trainer(model, processor, workload, stage, folder)
     batch = make_batch(trainer)
@@ -22,9 +30,9 @@ def stage_sides(folder, workload, stage: int) -> dict:
 
     def step(loss_function):
         def run() -> float:
-            model.zero_grad()
             loss = loss_function()
             loss.backward()
+            model.zero_grad()
             return loss.item()
 
         return run
@@ -39,6 +47,14 @@ def stage_sides(folder, workload, stage: int) -> dict:
         "ours": step(lambda: trainer.compute_loss(model, batch)),
         "floor": step(lambda: _floor(model, batch, teacher)),
     }
+    if stage == 1:
+        cached = make_batch(make_trainer(model, processor, workload, stage, folder, cache_images=True))
+        sides["cached"] = step(lambda: trainer.compute_loss(model, cached))
+    else:
+        parallel = copy.copy(trainer)
+        parallel.args = copy.copy(trainer.args)
+        vars(parallel.args).update(PARALLEL)
+        sides["parallel"] = step(lambda: parallel.compute_loss(model, batch))
     return sides | ({"reference": step(reference)} if workload.batch == 1 else {})
 
 

@@ -177,7 +177,7 @@ def checkpointing_with_cache(model):
     """Lets gradient checkpointing keep the cache while the walk runs.
 
     Layers drop the cache under checkpointing, because a replay would write to it a second time. A `ChunkCache` is
-    safe under replay.
+    safe under replay. Yields the layers that are checkpointed.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     for layer in layers:
@@ -188,7 +188,7 @@ def checkpointing_with_cache(model):
             )
         layer._can_checkpoint_with_cache = True
     try:
-        yield
+        yield layers
     finally:
         for layer in layers:
             del layer._can_checkpoint_with_cache

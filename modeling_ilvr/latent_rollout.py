@@ -4,10 +4,13 @@ or all at once.
 B batch, T sequence, S spans, K latents a span, D hidden.
 """
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from transformers.generation.utils import _slice_mm_encoder_output
+
+from .weight_gradients import GatheredWeightGradients
 
 
 def gather_spans(values, pads, num_spans, latent_size):
@@ -79,6 +82,7 @@ class SlicedForward:
 
     Args:
         core (`PreTrainedModel`): the backbone without its language-model head.
+        checkpointed (`list[nn.Module]`): its layers that are checkpointed.
         placeholders (`dict`): see `slice_features`.
         attention_mask (`torch.Tensor` of shape `(B, past + T)`), position_ids (`torch.LongTensor` of shape
             `(…, B, T)`), mm_encoder_outputs (`dict`), token_type_ids (`torch.LongTensor` of shape `(B, T)`):
@@ -90,6 +94,7 @@ class SlicedForward:
     def __init__(
         self,
         core,
+        checkpointed,
         placeholders,
         *,
         attention_mask,
@@ -101,7 +106,9 @@ class SlicedForward:
     ):
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
-        self.core, self.placeholders, self.past, self.kwargs = core, placeholders, past, kwargs
+        self.core, self.checkpointed, self.placeholders = core, checkpointed, placeholders
+        self.past, self.kwargs = past, kwargs
+        self.weight_gradients = GatheredWeightGradients()
         self.attention_mask, self.position_ids = attention_mask, position_ids
         self.mm_encoder_outputs, self.token_type_ids = mm_encoder_outputs, token_type_ids
 
@@ -111,15 +118,34 @@ class SlicedForward:
         kwargs = dict(self.kwargs)
         if self.token_type_ids is not None:
             kwargs["token_type_ids"] = self.token_type_ids[:, start:stop]
-        return self.core(
-            inputs_embeds=embeds,
-            attention_mask=self.attention_mask[:, : self.past + stop],
-            position_ids=self.position_ids[..., start:stop],
-            past_key_values=cache,
-            use_cache=use_cache,
-            mm_encoder_outputs=slice_features(self.mm_encoder_outputs, self.placeholders, start, stop),
-            **kwargs,
-        )
+        with self._gathered(embeds.shape[1]):
+            return self.core(
+                inputs_embeds=embeds,
+                attention_mask=self.attention_mask[:, : self.past + stop],
+                position_ids=self.position_ids[..., start:stop],
+                past_key_values=cache,
+                use_cache=use_cache,
+                mm_encoder_outputs=slice_features(self.mm_encoder_outputs, self.placeholders, start, stop),
+                **kwargs,
+            )
+
+    @contextmanager
+    def _gathered(self, num_columns: int):
+        """Gathers gradients of weights, but for pieces that a checkpoint replays, where nobody would gather them.
+
+        A single column is not worth a checkpoint.
+        """
+        if self.checkpointed and num_columns > 1:
+            yield
+            return
+        for layer in self.checkpointed:
+            layer.gradient_checkpointing = False
+        try:
+            with self.weight_gradients:
+                yield
+        finally:
+            for layer in self.checkpointed:
+                layer.gradient_checkpointing = True
 
     def idle(self, count: int, column, latent_head, feedback) -> torch.Tensor:
         """The sum of `count` forwards of one column (B, 1, D), for ranks with shorter walks than others."""
@@ -127,7 +153,8 @@ class SlicedForward:
         for _ in range(count):
             # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
             idle = column + 0 * feedback.unsqueeze(1).to(column.dtype)
-            outputs = self.core(inputs_embeds=idle, position_ids=self.position_ids[..., :1], use_cache=False)
+            with self._gathered(1):
+                outputs = self.core(inputs_embeds=idle, position_ids=self.position_ids[..., :1], use_cache=False)
             feedback = latent_head(outputs.last_hidden_state[:, -1])
             total = total + outputs.last_hidden_state
         return total

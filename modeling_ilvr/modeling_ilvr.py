@@ -267,9 +267,10 @@ class ILVRModel(ILVRPreTrainedModel):
     def _rollout(self, input_ids, pads, min_chunks, past_key_values=None, use_cache=None, **inputs):
         keep_cache = past_key_values is not None
         cache = past_key_values if keep_cache else ChunkCache.of_size(self.config.get_text_config(), pads.shape[1])
-        forward = SlicedForward(self.core, self._placeholders(input_ids), past=cache.get_seq_length(), **inputs)
         embeds = self.get_input_embeddings()(input_ids)
-        with checkpointing_with_cache(self.core):
+        with checkpointing_with_cache(self.core) as layers:
+            past = cache.get_seq_length()
+            forward = SlicedForward(self.core, layers, self._placeholders(input_ids), past=past, **inputs)
             pieces, fed = roll_out(
                 forward, self.latent_head, embeds, pads, cache, keep_cache=keep_cache, min_chunks=min_chunks
             )
@@ -289,9 +290,9 @@ class ILVRModel(ILVRPreTrainedModel):
                 f"{iterations} and {gradient_iterations}."
             )
         cache = ChunkCache.concatenating(self.config.get_text_config())
-        forward = SlicedForward(self.core, self._placeholders(input_ids), **inputs)
         embeds = self.get_input_embeddings()(input_ids)
-        with checkpointing_with_cache(self.core):
+        with checkpointing_with_cache(self.core) as layers:
+            forward = SlicedForward(self.core, layers, self._placeholders(input_ids), **inputs)
             pieces, fed = roll_out_in_parallel(
                 forward,
                 self.latent_head,

@@ -1,0 +1,117 @@
+"""What latents in parallel cost in accuracy, on the small FrozenLake model: the tables of docs/parallel_latents.md.
+
+make train
+python -m benchmarks.jacobi runs/frozen_lake_small            # error and accuracy of the trained model
+python -m benchmarks.jacobi runs/frozen_lake_small --train    # also stage 2, trained with each setting
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data import frozen_lake_dataset
+from ilvr.evaluation import generate_answers, load_metric
+from ilvr.trainer.data_collator import LatentDataCollator, split_batch
+from ilvr.trainer.data_preparation import prepare_dataset
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPE = EXAMPLES / "recipes" / "frozen_lake_small.yaml"
+ITERATIONS = (1, 2, 3, 4, 6, 8)
+SETTINGS = {
+    "one after the other": {},
+    "3 iterations": {"jacobi_iterations": 3},
+    "3 iterations, gradient through 1": {"jacobi_iterations": 3, "jacobi_gradient_iterations": 1},
+    "3 iterations, no gradient through latents": {"jacobi_iterations": 3, "jacobi_gradient_iterations": 0},
+    "1 iteration": {"jacobi_iterations": 1},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="what make train left: folders stage1 and stage2")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="the recipe of that run")
+    parser.add_argument("--train", action="store_true")
+    options = parser.parse_args()
+    recipe = yaml.safe_load(options.recipe.read_text())
+    lake = recipe["frozen_lake"]
+    tests = frozen_lake_dataset(lake["test_maps"], tasks=["plan_trace"], split="test", seed=recipe["seed"])
+    processor = ILVRProcessor.from_pretrained(options.run / "stage2")
+    model = ILVRForConditionalGeneration.from_pretrained(options.run / "stage2").eval()
+
+    for size, count in lake["test_maps"].items():
+        rows = [i for i, board in enumerate(tests["board"]) if len(board) == int(size)][: min(count, 64)]
+        print(f"\n{size}x{size} boards, {len(rows)} traces of the test maps\n", flush=True)
+        print(forced_table(model, processor, tests.select(rows)), flush=True)
+    print("\nwritten by generate\n\n| jacobi_iterations | goals | seconds |\n|---|---|---|", flush=True)
+    for iterations in (None, 1, 2, 3):
+        start = time.perf_counter()
+        goals = score(model, processor, tests, lake, jacobi_iterations=iterations)
+        print(f"| {iterations or 'none'} | {goals} | {time.perf_counter() - start:.0f} |", flush=True)
+    if options.train:
+        print("\nstage 2, trained\n\n| setting | minutes | goals |\n|---|---|---|", flush=True)
+        for name, setting in SETTINGS.items():
+            print(f"| {name} | {train_stage2(options, recipe, processor, tests, setting)} |", flush=True)
+
+
+@torch.no_grad()
+def forced_table(model, processor, dataset) -> str:
+    """Error of latents, logits and predictions after n iterations, over traces that are given."""
+    prepared = prepare_dataset(dataset, processor, stage=2, max_length=None, keep_pixels=torch.float32)
+    inputs, _, _, labels = split_batch(LatentDataCollator(processor)([*prepared]))
+    counted = labels != -100
+
+    def cells(outputs):
+        logits = outputs.logits[counted]
+        accuracy = (logits.argmax(-1) == labels[counted]).float().mean()
+        return f"{cross_entropy(logits, labels[counted]):.4f} | {accuracy:.2%} |"
+
+    exact = model(**inputs, use_cache=False)
+    used = exact.latent_inputs.any(-1)  # (B, S, K)
+    lines = [
+        "| iterations | error of the latents | of a logit, at most | cross-entropy | right words |",
+        "|---" * 5 + "|",
+    ]
+    for iterations in ITERATIONS:
+        outputs = model(**inputs, use_cache=False, jacobi_iterations=iterations)
+        error = (outputs.latent_inputs - exact.latent_inputs)[used].norm() / exact.latent_inputs[used].norm()
+        largest = (outputs.logits - exact.logits)[counted].abs().max()
+        lines.append(f"| {iterations} | {error:.1e} | {largest:.1e} | {cells(outputs)}")
+    return "\n".join([*lines, f"| one after the other, {int(used.flatten(1).sum(1).max())} | | | {cells(exact)}"])
+
+
+def score(model, processor, tests, lake: dict, **kwargs) -> str:
+    """Share of plans that end on the goal, with Wilson intervals, for each size of board."""
+    answers = generate_answers(model, processor, tests, batch_size=lake["batch_size"], max_new_tokens=128, **kwargs)
+    scores = load_metric("frozen_lake").compute(predictions=answers, references=tests["board"])
+    cells = []
+    for size in lake["test_maps"]:
+        value, low, high = (100 * scores[f"end_on_goal{k}_{size}x{size}"] for k in ("", "_low", "_high"))
+        cells.append(f"{size}x{size}: {value:.1f} % ({low:.1f} – {high:.1f})")
+    return ", ".join(cells)
+
+
+def train_stage2(options, recipe: dict, processor, tests, setting: dict) -> str:
+    sys.path.insert(0, str(EXAMPLES))
+    from train_ilvr import Recipe, train
+
+    with tempfile.TemporaryDirectory() as folder:
+        stage2 = {**recipe["stage2"], **setting}
+        variant = Recipe(**{**recipe, "output_dir": folder, "stage2": stage2})
+        model = ILVRForConditionalGeneration.from_pretrained(options.run / "stage1", **variant.model_kwargs)
+        start = time.perf_counter()
+        train(variant, "stage2", model, processor)
+        minutes = (time.perf_counter() - start) / 60
+        trained = ILVRForConditionalGeneration.from_pretrained(f"{folder}/stage2").eval()
+    return f"{minutes:.1f} | {score(trained, processor, tests, recipe['frozen_lake'])}"
+
+
+if __name__ == "__main__":
+    main()
