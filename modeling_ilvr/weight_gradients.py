@@ -96,5 +96,7 @@ class GatheredWeightGradients(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(device_type)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         uses = _Uses()
-        collector = _Collect.apply(weight, bias, uses)
+        # The view is a node between: gradients of the bias, then the weight, are ready in autograd's own order. ZeRO-2
+        # adds up what the ranks have ready first, whatever it is.
+        collector = _Collect.apply(weight.view_as(weight), bias, uses)
         return collector, weight.detach(), None if bias is None else bias.detach(), uses
