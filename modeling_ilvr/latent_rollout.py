@@ -108,7 +108,8 @@ class SlicedForward:
             raise ValueError("A prompt with latent spans needs a 2D attention mask: generate with a dynamic cache.")
         self.core, self.checkpointed, self.placeholders = core, checkpointed, placeholders
         self.past, self.kwargs = past, kwargs
-        self.weight_gradients = GatheredWeightGradients()
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in core.parameters())
+        self.weight_gradients = None if partitioned else GatheredWeightGradients()
         self.attention_mask, self.position_ids = attention_mask, position_ids
         self.mm_encoder_outputs, self.token_type_ids = mm_encoder_outputs, token_type_ids
 
@@ -133,9 +134,10 @@ class SlicedForward:
     def _gathered(self, num_columns: int):
         """Gathers gradients of weights, but for pieces that a checkpoint replays, where nobody would gather them.
 
-        A single column is not worth a checkpoint.
+        A single column is not worth a checkpoint. With ZeRO-3, which gathers weights for each replay, all have one, so
+        that ranks with walks of different lengths replay equally often.
         """
-        if self.checkpointed and num_columns > 1:
+        if self.weight_gradients is None or (self.checkpointed and num_columns > 1):
             yield
             return
         for layer in self.checkpointed:

@@ -69,8 +69,8 @@ class _Linear(torch.autograd.Function):
 class GatheredWeightGradients(TorchFunctionMode):
     """While it is entered, linear maps put the gradients of their weights off until those of all their uses are known.
 
-    Entered once for each piece of a sequence. Weights that are frozen, quantised, or distributed tensors, or that
-    ZeRO-3 has partitioned, are used as ever.
+    Entered once for each piece of a sequence. Weights that are frozen, quantised, or distributed tensors are used as
+    ever.
     """
 
     def __init__(self):
@@ -83,7 +83,7 @@ class GatheredWeightGradients(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _linear(self, input, weight, bias=None):
-        plain = type(weight) in (torch.Tensor, Parameter) and not hasattr(weight, "ds_id")
+        plain = type(weight) in (torch.Tensor, Parameter)
         if not (plain and weight.requires_grad and torch.is_grad_enabled()):
             return linear(input, weight, bias)
         if id(weight) not in self.collected:
