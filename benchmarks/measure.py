@@ -1,6 +1,5 @@
 """Seconds and bytes. Sides of a comparison alternate, so that a slow minute of the machine meets all of them."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -18,8 +17,6 @@ def prepare(threads: int) -> None:
     Gradients that pass through dozens of latents of a random model end as denormal numbers, and a CPU multiplies those
     many times more slowly. A trained model has none.
     """
-    if os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":
-        raise RuntimeError("Set OMP_WAIT_POLICY=PASSIVE: threads that wait actively count as CPU time.")
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -29,20 +26,17 @@ def alternate(sides: dict[str, Callable], *, rounds: int, warmup: int = 1) -> di
     """Runs all sides in turn, `rounds` times after `warmup` ones.
 
     Returns:
-        `dict`: for each side `seconds` of wall time and `cpu_seconds`, the time that this process had the cores. Where
-        other processes use them too, the first is noise to some degree and the second nearly not; where a side leaves
-        a core idle, only the first shows it. If a side returns a number, its loss, `values` has them.
+        `dict`: for each side `seconds` of wall time and, if a side returns a number, its loss, `values` of it.
     """
-    times = {name: {"seconds": [], "cpu_seconds": [], "values": []} for name in sides}
+    times = {name: {"seconds": [], "values": []} for name in sides}
     for turn in range(warmup + rounds):
         for name, run in sides.items():
             _wait()
-            wall, cpu = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             value = run()
             _wait()
             if turn >= warmup:
-                times[name]["seconds"].append(time.perf_counter() - wall)
-                times[name]["cpu_seconds"].append(time.process_time() - cpu)
+                times[name]["seconds"].append(time.perf_counter() - start)
                 times[name]["values"] += [value] if isinstance(value, float) else []
     return times
 

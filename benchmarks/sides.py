@@ -10,16 +10,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from .model import load, make_batch, make_trainer, whole_teacher
+from .model import Workload, load, make_batch, make_trainer, whole_teacher
 from .reference import reference_stage1_step, reference_stage2_step
 
 
-# Stage 2 with latents in parallel: three refinements, the gradient through the last of them.
-PARALLEL = {"jacobi_iterations": 3, "jacobi_gradient_iterations": 1}
+# Latents in parallel: two refinements and, in stage 2, the gradient through the last of them.
+PARALLEL = {"jacobi_iterations": 2, "jacobi_gradient_iterations": 1}
 
 
 def stage_sides(folder, workload, stage: int) -> dict:
-    """`ours`, `floor` and, for batch 1, `reference`; each computes gradients, drops them, and returns its loss.
+    """`ours`, `floor` and, for one sample, `reference`; each computes gradients, drops them, and returns its loss.
 
     Stage 1 has `cached` beside, ours with `cache_images`; stage 2 `parallel`, ours with `PARALLEL`.
     """
@@ -47,15 +47,17 @@ def stage_sides(folder, workload, stage: int) -> dict:
         "ours": step(lambda: trainer.compute_loss(model, batch)),
         "floor": step(lambda: _floor(model, batch, teacher)),
     }
-    if stage == 1:
-        cached = make_batch(make_trainer(model, processor, workload, stage, folder, cache_images=True))
-        sides["cached"] = step(lambda: trainer.compute_loss(model, cached))
-    else:
+    if stage == 2:
         parallel = copy.copy(trainer)
         parallel.args = copy.copy(trainer.args)
         vars(parallel.args).update(PARALLEL)
         sides["parallel"] = step(lambda: parallel.compute_loss(model, batch))
-    return sides | ({"reference": step(reference)} if workload.batch == 1 else {})
+    elif workload.batch == 1:
+        cached = make_batch(make_trainer(model, processor, workload, stage, folder, cache_images=True))
+        sides["cached"] = step(lambda: trainer.compute_loss(model, cached))
+    if workload.batch == 1 and workload.tokens == Workload.tokens:
+        sides["reference"] = step(reference)
+    return sides
 
 
 def _floor(model, batch, teacher=None):
@@ -87,7 +89,10 @@ class Script(LogitsProcessor):
 
 
 def generation_sides(folder, workload, num_steps: int) -> dict:
-    """`ours` and `backbone` write the sample's answer, `num_steps` tokens of it; `…, 1 step` is mostly the prompt."""
+    """`ours` and `backbone` write the sample's answer, `num_steps` tokens of it; `…, 1 step` is mostly the prompt.
+
+    `static` is ours with a static cache, `parallel` ours with the latents of each span at once.
+    """
     model, processor = load(folder, workload.latents)
     trainer = make_trainer(model, processor, workload, 2, folder)
     batch, model = make_batch(trainer), model.eval()
@@ -97,12 +102,14 @@ def generation_sides(folder, workload, num_steps: int) -> dict:
     prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
     script = LogitsProcessorList([Script(prompt_length, batch["input_ids"][0, prompt_length:])])
 
-    def side(generator, steps):
-        options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
+    def side(generator, steps, **options):
+        options |= {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
         return lambda: generator.generate(**prompt, **options)
 
     both = {"ours": model, "backbone": model.vlm}
     sides = {name: side(generator, num_steps) for name, generator in both.items()}
+    sides["static"] = side(model, num_steps, cache_implementation="static")
+    sides["parallel"] = side(model, num_steps, jacobi_iterations=PARALLEL["jacobi_iterations"])
     return sides | {f"{name}, 1 step": side(generator, 1) for name, generator in both.items()}
 
 
@@ -134,10 +141,12 @@ class _StepTimer(TrainerCallback):
         self.steps.append(time.perf_counter() - self.start)
 
 
-def training_run(folder, workload, stage: int, num_steps: int) -> dict:
+def training_run(folder, workload, stage: int, num_steps: int, **settings) -> dict:
     """A run of `num_steps` optimizer steps: its wall time and the time of each step, teacher's update included."""
     model, processor = load(folder, workload.latents)
-    trainer = make_trainer(model, processor, workload, stage, folder, copies=num_steps, max_steps=num_steps)
+    trainer = make_trainer(
+        model, processor, workload, stage, folder, copies=num_steps, max_steps=num_steps, **settings
+    )
     timer = _StepTimer()
     trainer.add_callback(timer)  # after the teacher's own
     start = time.perf_counter()
