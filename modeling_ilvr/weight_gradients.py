@@ -32,7 +32,7 @@ class _Uses:
 
 
 class _Collect(torch.autograd.Function):
-    """A scalar without a value. Its gradient arrives when all that use it have been gone through backwards."""
+    """A scalar without a value or gradient, whose backward pass comes after that of all that use it."""
 
     @staticmethod
     def forward(ctx, weight, bias, uses):
@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         ctx.uses.add(inputs, gradients)
         gradient = gradients @ weight if ctx.needs_input_grad[0] else None
-        return gradient, gradients.new_zeros(()), None, None, None
+        return gradient, None, None, None, None
 
 
 class GatheredWeightGradients(TorchFunctionMode):
