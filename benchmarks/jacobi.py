@@ -32,6 +32,10 @@ SETTINGS = {
     "3 iterations, no gradient through latents": {"jacobi_iterations": 3, "jacobi_gradient_iterations": 0},
     "1 iteration": {"jacobi_iterations": 1},
 }
+CONTROLS = {
+    "zeros": lambda latents, span, index: torch.zeros_like(latents),
+    "noise of their scale": lambda latents, span, index: torch.randn_like(latents) * latents.std(),
+}
 
 
 def main():
@@ -55,6 +59,9 @@ def main():
         start = time.perf_counter()
         goals = score(model, processor, tests, lake, jacobi_iterations=iterations)
         print(f"| {iterations or 'none'} | {goals} | {time.perf_counter() - start:.0f} |", flush=True)
+    print("\nthe controls: are the latents used?\n\n| latents | goals |\n|---|---|", flush=True)
+    for name, intervention in CONTROLS.items():
+        print(f"| {name} | {score(model, processor, tests, lake, latent_intervention=intervention)} |", flush=True)
     if options.train:
         print("\nstage 2, trained\n\n| setting | minutes | goals |\n|---|---|---|", flush=True)
         for name, setting in SETTINGS.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import StrMethodFormatter
 
 from .measure import ratio
 
@@ -165,12 +166,16 @@ def plot(rows, path: Path):
             points = varied(rows, stage, factor)
             xs, style = [p[factor] for p in points], {"marker": "o", "c": f"C{color}", "label": label}
             gains = [(p[factor], over(p, "reference", side)) for p in points if "reference" in p["times"]]
-            axes[0, column].plot(*zip(*gains), **style)
+            if len(gains) > 1:
+                axes[0, column].plot(*zip(*gains), **style)
             axes[1, column].plot(xs, [over(p, side, "floor") for p in points], **style)
             axes[2, column].plot(xs, [statistics.median(p["times"][side]["seconds"]) for p in points], **style)
             memory = [p["memory"][side] / p["memory"]["floor"] for p in points]
             axes[1, column].plot(xs, memory, ls=":", marker="s", c=f"C{color}", label=f"{label}, memory")
         axes[0, column].set_yscale("log")
+        axes[0, column].set_visible(axes[0, column].has_data())
+        for ticks in ("set_major_formatter", "set_minor_formatter"):
+            getattr(axes[0, column].yaxis, ticks)(StrMethodFormatter("{x:g}"))
         axes[2, column].set_xlabel(name)
     for axis, title in zip(axes[:, 0], ("published / ours", "ours / floor", "seconds a step")):
         axis.set_ylabel(title)

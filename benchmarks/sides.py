@@ -52,7 +52,7 @@ def stage_sides(folder, workload, stage: int) -> dict:
         parallel.args = copy.copy(trainer.args)
         vars(parallel.args).update(PARALLEL)
         sides["parallel"] = step(lambda: parallel.compute_loss(model, batch))
-    elif workload.batch == 1:
+    elif workload == Workload(spans=workload.spans):
         cached = make_batch(make_trainer(model, processor, workload, stage, folder, cache_images=True))
         sides["cached"] = step(lambda: trainer.compute_loss(model, cached))
     if workload.batch == 1 and workload.tokens == Workload.tokens:
