@@ -20,7 +20,7 @@ train: $(BIN)/.installed  ## Train, evaluate, save and reload the small FrozenLa
 test: $(BIN)/.installed  ## Run the tests, offline
 	$(BIN)/python -m pytest
 
-bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (17 minutes on 2 idle cores)
+bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (14 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.run
 
 quality: $(BIN)/.installed  ## Check style
