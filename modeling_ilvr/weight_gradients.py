@@ -5,6 +5,7 @@ column and adds them up, which moves more memory than all the rest of a walk.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
@@ -40,6 +41,7 @@ class _Collect(torch.autograd.Function):
         return weight.new_zeros(())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _):
         uses = ctx.uses.take()
         (inputs, gradients), *others = uses
@@ -59,6 +61,7 @@ class _Linear(torch.autograd.Function):
         return linear(inputs, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradients):
         inputs, weight = ctx.saved_tensors
         ctx.uses.add(inputs, gradients)
