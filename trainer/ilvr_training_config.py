@@ -50,11 +50,11 @@ class ILVRTrainingConfig(SFTConfig):
 
         > Stage 2: latents in parallel
 
-        jacobi_iterations (`int`, *optional*):
-            Computes all latents of a sequence at once, by this many forwards that each refine them all, in place of
-            one after the other (the paper, and the default). The log's `latent_residual` tells what is left to refine.
-        jacobi_gradient_iterations (`int`, *optional*, defaults to all):
-            Through how many of the last of these the gradient flows.
+        jacobi_iterations (`int`, *optional*, defaults to `None`):
+            Computes all latents of a sequence at once, by this many forwards that each refine them all. `None`: one
+            after the other, as the paper. The log's `latent_residual` tells what is left to refine.
+        jacobi_gradient_iterations (`int`, *optional*, defaults to `None`):
+            Through how many of the last of these the gradient flows. `None`: all.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-5, `weight_decay` 0.01, `num_train_epochs` 15,
