@@ -16,10 +16,10 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.data import frozen_lake_dataset
 from ilvr.evaluation import generate_answers, load_metric
-from ilvr.trainer.data_collator import LatentDataCollator, split_batch
-from ilvr.trainer.data_preparation import prepare_dataset
+from ilvr.tasks.frozen_lake import frozen_lake_dataset
+from ilvr.trainer.inputs.data_collator import LatentDataCollator, split_batch
+from ilvr.trainer.inputs.data_preparation import prepare_dataset
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -6,15 +6,17 @@ import evaluate
 import torch
 from tqdm.auto import tqdm
 
+import ilvr.tasks
 
-METRICS_FOLDER = Path(__file__).parent
+
+METRICS_FOLDER = Path(ilvr.tasks.__file__).parent
 
 
 def load_metric(name: str) -> evaluate.Metric:
     """Loads one of this package's `evaluate` metrics, such as `"frozen_lake"`; works offline."""
-    path = METRICS_FOLDER / name / f"{name}.py"
+    path = METRICS_FOLDER / name / "metric" / f"{name}.py"
     if not path.is_file():
-        known = sorted(p.parent.name for p in METRICS_FOLDER.glob("*/*.py"))
+        known = sorted(p.parent.name for p in METRICS_FOLDER.glob("*/metric"))
         raise ValueError(f"There is no metric {name!r}; choose one of {known}.")
     return evaluate.load(str(path))
 

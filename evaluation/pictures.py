@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from ilvr.data import FrozenLakeMap, render_board
-from ilvr.data.frozen_lake import MOVES
+from ilvr.tasks.frozen_lake import FrozenLakeMap, render_board
+from ilvr.tasks.frozen_lake.board import MOVES
 
 from .generation import prompt_of
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from ilvr import ILVRForConditionalGeneration
-from ilvr.data import frozen_lake_dataset
-from ilvr.data.frozen_lake_tasks import PROMPTS
 from ilvr.evaluation import draw_curves, draw_latents, generate_answers, load_metric
 from ilvr.hub_cards import ILVRModelCard, Result
+from ilvr.tasks.frozen_lake import frozen_lake_dataset
+from ilvr.tasks.frozen_lake.conversations import PROMPTS
 
 
 RELOAD_CHECK = Path(__file__).parent / "generate_answers.py"

@@ -21,11 +21,12 @@ from transformers import TrainerState
 from trl import TrlParser
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.data import frozen_lake_dataset, load_conversations
-from ilvr.data.frozen_lake_tasks import vocabulary
+from ilvr.data import load_conversations
 from ilvr.hub_cards import ILVRModelCard
+from ilvr.tasks.frozen_lake import frozen_lake_dataset
+from ilvr.tasks.frozen_lake.conversations import vocabulary
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
-from ilvr.trainer.checkpoints import last_whole_checkpoint
+from ilvr.trainer.running.checkpoints import last_whole_checkpoint
 
 
 @dataclass

@@ -8,10 +8,11 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 
+import datasets
 import pytest
 import torch
 from backbones import CHAT_TEMPLATES, build_backbone
-from PIL import Image
+from helpers import make_image, perturb
 from transformers.utils import logging
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
@@ -60,49 +61,15 @@ def model(_model):
     return copy.deepcopy(_model)
 
 
-def perturb(model, scale: float = 0.2, seed: int = 1):
-    """Moves all weights away from their initial values, where biases are 0, norms 1 and outputs nearly constant."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter) * 0.5)
-    return model
+@pytest.fixture
+def image_root(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    make_image("gray").save(root / "board.png")
+    make_image("red").save(root / "step 1.png")
+    return root
 
 
-def make_image(color: str, size: int = 32) -> Image.Image:
-    """An image with a coloured corner; 32 pixels are 2 x 2 visual tokens."""
-    image = Image.new("RGB", (size, size), "white")
-    image.paste(color, (0, 0, size // 2, size // 3))
-    return image
-
-
-def make_sample(words: list[str], question: str = "Plan", size: int = 32) -> dict:
-    """A sample whose assistant says `words` with a helper image between each two of them."""
-    colors = ["red", "green", "blue", "black", "orange", "purple"]
-    content, images = [], [make_image("gray", size)]
-    for i, word in enumerate(words):
-        if i:
-            content.append({"type": "image", "text": None})
-            images.append(make_image(colors[i % 6], size))
-        content.append({"type": "text", "text": word})
-    user = [{"type": "image", "text": None}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": content}]
-    return {"messages": messages, "images": images}
-
-
-def encode(processor, samples: list[dict], padding_side: str = "right", prompt_only: bool = False):
-    """Model inputs of a batch of samples."""
-    conversations = []
-    for sample in samples:
-        user, assistant = sample["messages"]
-        parts = [{"type": "image", "image": sample["images"][0]}, *user["content"][1:]]
-        user = {"role": "user", "content": parts}
-        conversations.append([user] if prompt_only else [user, assistant])
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=prompt_only,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": padding_side},
-    )
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

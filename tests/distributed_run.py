@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
-from conftest import make_sample
+from helpers import make_sample, make_trainer
 from peft import LoraConfig
 from safetensors.torch import save_file
-from test_trainer import make_trainer
 from torch.distributed.tensor import DTensor
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor

@@ -15,16 +15,17 @@ from trl import SFTTrainer
 from ilvr.hub_cards import ILVRModelCard
 from ilvr.latent_rollout import chunk_bounds
 
-from .adapters import complete_peft_config, freeze_vision_tower, ilvr_model
-from .checkpoints import CheckpointWriter, resolve_checkpoint, warn_of_earlier_run
-from .checks import check_agreement, check_batch_size
-from .data_collator import LatentDataCollator, split_batch
-from .data_preparation import PREPARED_COLUMNS, merge_images, prepare_dataset
 from .ilvr_training_config import ILVRTrainingConfig
-from .image_features import cache_features, flatten_features, image_outputs, without_pixels
+from .inputs.data_collator import LatentDataCollator, split_batch
+from .inputs.data_preparation import PREPARED_COLUMNS, merge_images, prepare_dataset
+from .inputs.image_features import cache_features, flatten_features, image_outputs, without_pixels
+from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, mean_pairwise_cosine, token_loss, token_statistics
-from .running_log import load_running_log, save_running_log
-from .sampler import SpanGroupedSampler
+from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model
+from .running.checkpoints import CheckpointWriter, resolve_checkpoint, warn_of_earlier_run
+from .running.checks import check_agreement, check_batch_size
+from .running.running_log import load_running_log, save_running_log
+from .running.sharding import ShardingCallback, is_sharded, prepare_sharding
 from .selection import (
     Selection,
     global_query,
@@ -35,9 +36,10 @@ from .selection import (
     select_without_query,
     span_text_masks,
 )
-from .sharding import ShardingCallback, is_sharded, prepare_sharding
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
-from .watching import SelectionHistogramCallback, StepClock, peak_gpu_memory, sum_over_ranks
+from .watching.clock import StepClock, peak_gpu_memory
+from .watching.step_log import sum_over_ranks
+from .watching.trackers import SelectionHistogramCallback
 
 
 logger = logging.get_logger(__name__)

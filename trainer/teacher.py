@@ -9,8 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from .adapters import vision_modules
-from .sharding import gather_embeddings_once
+from .running.adapters import vision_modules
+from .running.sharding import gather_embeddings_once
 
 
 TEACHER_FILE = "teacher.safetensors"

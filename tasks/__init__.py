@@ -1,0 +1,1 @@
+"""Tasks: worlds, pictures, conversations and metrics, a folder each."""

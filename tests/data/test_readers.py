@@ -1,0 +1,393 @@
+"""Readers: rows written by hand in each format, to conversations that the trainer takes."""
+
+import json
+import logging
+import os
+import shutil
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from helpers import MIRAGE, MONET, MONET_SPAN, NATIVE, REFERENCE, ROWS, ZEBRA_COT, make_image, write_jsonl
+from PIL import Image as PILImage
+
+from ilvr.data import SampleError, load_conversations
+from ilvr.data.conversations import last_boxed
+from ilvr.data.images import image_size, locate_image, open_image
+from ilvr.data.row_files import read_rows
+from ilvr.data.sources import FORMATS, convert
+from ilvr.trainer.inputs.data_preparation import prepare_dataset
+
+
+VSP_EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "vsp_examples"
+
+
+def read(row, image_root, format=None):
+    return convert(row, partial(locate_image, image_root=image_root.resolve()), format)[0]
+
+
+def parts(sample):
+    """Roles and parts; an image is `True`."""
+    return [(m["role"], [p["text"] or p["type"] == "image" for p in m["content"]]) for m in sample["messages"]]
+
+
+CONVERSATIONS = {
+    "native": [("user", [True, "Plan"]), ("assistant", ["Right ", True]), ("user", ["Go on"]), ("assistant", ["Up"])],
+    "reference": [("user", [True, "Plan"]), ("assistant", ["Right ", True, "\\boxed{R}"])],
+    "mirage": [("user", ["Here is ", True, " Plan"]), ("assistant", ["Right ", True, "\\boxed{\\text{R}}"])],
+    "zebra_cot": [
+        ("user", ["See ", True, " Plan"]),
+        ("assistant", ["Right ", True, " as in ", "\n\nThe final answer is: R"]),
+    ],
+    "monet": [
+        ("system", ["Think."]),
+        ("user", [True, "Plan"]),
+        ("assistant", ["Right ", True, "Up \\boxed{R}"]),
+    ],
+}
+ANSWERS = {"native": "Up", "reference": "R", "mirage": "\\text{R}", "zebra_cot": "R", "monet": "R"}
+METADATA = {"reference": {"map_desc": [[1, 2], [0, -1]]}, "monet": {"metadata": MONET["metadata"]}}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_format_to_a_conversation(format, image_root):
+    sample, recognised = convert(ROWS[format], partial(locate_image, image_root=image_root.resolve()))
+    assert recognised == format
+    assert parts(sample) == CONVERSATIONS[format]
+    assert [Path(image["path"]).name for image in sample["images"]] == ["board.png", "step 1.png"]
+    assert sample["answer"] == ANSWERS[format]
+    assert json.loads(sample["metadata"]) == METADATA.get(format, {})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_trainer_takes_what_is_read(format, streaming, image_root, tmp_path, processor):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[format]] * 2)
+    dataset = load_conversations(path, image_root=str(image_root), streaming=streaming)
+    assert isinstance(dataset, IterableDataset if streaming else Dataset)
+    prepared = list(prepare_dataset(dataset, processor, stage=1))
+    assert len(prepared) == 2 and prepared[0]["length"] == len(prepared[0]["input_ids"])
+    for sample in prepared:
+        assert [len(sample["user_images"]), len(sample["helper_images"])] == [1, 1]
+        pad = processor.latent_token_ids[1]
+        assert sample["input_ids"].count(pad) == processor.latent_size
+
+
+def test_images_are_decoded_when_they_are_used(image_root, tmp_path):
+    (image_root / "step 1.png").write_bytes(b"no image, and nobody looks at it")
+    path = write_jsonl(tmp_path / "rows.jsonl", [REFERENCE])
+    (sample,) = load_conversations(path, image_root=str(image_root))
+    assert sample["images"][0] == {"bytes": None, "path": str((image_root / "board.png").resolve())}
+
+
+def test_the_images_lie_beside_the_file_by_default(image_root):
+    path = write_jsonl(image_root / "rows.jsonl", [MIRAGE, NATIVE])
+    assert load_conversations(path)["answer"] == ["\\text{R}", "Up"]
+
+
+def test_a_changed_file_is_read_again(image_root):
+    path = image_root / "rows.jsonl"
+    assert len(load_conversations(write_jsonl(path, [MIRAGE]))) == 1
+    assert len(load_conversations(write_jsonl(path, [MIRAGE] * 2))) == 2
+
+
+def test_json_array_of_monet_with_line_numbers(image_root):
+    path = image_root / "train.json"
+    path.write_text(json.dumps([MONET] * 3, indent=1))
+    assert load_conversations(str(path))["answer"] == ["R"] * 3
+    lines = path.read_text().splitlines()
+    numbers = [number for number, _, _ in read_rows(path)]
+    assert [lines[number - 1] for number in numbers] == [" {"] * 3
+
+
+def test_json_array_longer_than_a_chunk(tmp_path, monkeypatch):
+    rows = [{"text": "line\n" * i, "number": i} for i in range(30)]
+    for indent in (None, 2):
+        (tmp_path / "rows.json").write_text("\ufeff " + json.dumps(rows, indent=indent) + "\n", encoding="utf-8")
+        for size in (1, 7, 64, 1 << 20):
+            monkeypatch.setattr("ilvr.data.row_files.CHUNK_CHARACTERS", size)
+            assert [row for _, row, _ in read_rows(tmp_path / "rows.json")] == rows
+
+
+def test_json_array_that_breaks_off_or_is_malformed(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1},\n{"a": ')
+    good, bad = read_rows(path)
+    assert good[:2] == (1, {"a": 1}) and bad[0] == 2 and "what follows in the array cannot be read" in str(bad[1])
+    path.write_text('[\n{"a": 1}\n')
+    assert "the array has no end" in str(list(read_rows(path))[1][1])
+    path.write_bytes(b'[{"messages": "\xff"}]')
+    assert next(read_rows(path))[1]["messages"] == "\udcff"
+    path.write_text('[3, {"a": 1}]')
+    assert [str(row) for _, row, _ in read_rows(path)] == [
+        "row: must be a JSON object, got 3. Correct or remove it.",
+        "{'a': 1}",
+    ]
+    # The end of a malformed row is not looked for in the whole file.
+    monkeypatch.setattr("ilvr.data.row_files.CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr("ilvr.data.row_files.MAX_ROW_CHARACTERS", 1000)
+    path.write_text('[{"a" 1},' + '{"a": 1},' * 10000 + "]")
+    ((_, error, progress),) = read_rows(path)
+    assert isinstance(error, SampleError) and progress < 5000
+
+
+@pytest.mark.skipif(not VSP_EXAMPLES.exists(), reason="the VSP examples are not part of the repository")
+def test_vsp_examples(tmp_path, processor):
+    # `./data/examples/` stands for the folder of the examples.
+    rows = (VSP_EXAMPLES / "sample.jsonl").read_text().replace("./data/examples/", "")
+    (tmp_path / "sample.jsonl").write_text(rows)
+    dataset = load_conversations(str(tmp_path / "sample.jsonl"), image_root=str(VSP_EXAMPLES))
+    assert len(dataset) == 10 and set(dataset["answer"]) <= set("ABC")
+    question, answer = parts(dataset[0])
+    assert question[1][0].endswith("Here is the map: ") and question[1][1] is True
+    assert answer[1][1] is True and answer[1][2].endswith("\\boxed{A}.")
+    assert "<image>" not in str(dataset["messages"][:]) and "<output_image>" not in str(dataset["messages"][:])
+    assert len(prepare_dataset(dataset.select([0]), processor, stage=1)) == 1
+
+
+# Rows of data sets, with embedded images.
+
+
+def zebra_dataset(image_root) -> Dataset:
+    images = {
+        name: {"bytes": (image_root / ZEBRA_COT[name]).read_bytes(), "path": ZEBRA_COT[name]}
+        for name in ("problem_image_1", "reasoning_image_1")
+    }
+    rows = [{**ZEBRA_COT, **images}, {**ZEBRA_COT, **images, "Final Answer": None}]
+    features = {name: Image() if "image" in name else Value("string") for name in ZEBRA_COT}
+    return Dataset.from_list(rows, features=Features(features))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_parquet_file_and_a_saved_folder(streaming, image_root, tmp_path, caplog):
+    dataset = zebra_dataset(image_root)
+    (tmp_path / "zebra").mkdir()
+    dataset.to_parquet(tmp_path / "zebra" / "train.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "zebra", tmp_path / "zebra" / "train.parquet", tmp_path / "saved"):
+        with pytest.raises(ValueError, match=r"sample 1: Final Answer: is missing"):
+            list(load_conversations(str(path), streaming=streaming))
+        with caplog.at_level(logging.WARNING):
+            (sample,) = load_conversations(str(path), streaming=streaming, skip_bad_samples=True)
+        assert "sample 1: Final Answer: is missing" in caplog.text and "left out" in caplog.text
+        assert parts(sample) == CONVERSATIONS["zebra_cot"]
+        assert [open_image(image, "").size for image in sample["images"]] == [(32, 32)] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("format", ["native", "reference", "mirage"])
+def test_a_folder_of_json_lines(format, streaming, image_root):
+    write_jsonl(image_root / "train.jsonl", [ROWS[format]] * 3)
+    samples = list(load_conversations(str(image_root), streaming=streaming))
+    assert len(samples) == 3 and parts(samples[2]) == CONVERSATIONS[format]
+    assert Path(samples[2]["images"][1]["path"]).name == "step 1.png"
+
+
+def test_embedded_images_are_not_replaced_by_a_file_of_that_name(image_root, tmp_path):
+    secret = tmp_path / "secret.png"
+    make_image("blue").save(secret)
+    data = (image_root / "board.png").read_bytes()
+    located = locate_image({"bytes": data, "path": str(secret)}, "image", None)
+    assert located == {"bytes": data, "path": None}
+    with pytest.raises(SampleError, match="is not embedded in the data. Say which folder holds it: image_root"):
+        locate_image({"bytes": None, "path": str(secret)}, "image", None)
+
+
+# Confinement.
+
+
+def test_paths_may_not_leave_the_image_root(image_root, tmp_path):
+    make_image("blue").save(tmp_path / "outside.png")
+    (image_root / "link.png").symlink_to(tmp_path / "outside.png")
+    (image_root / "up").symlink_to(tmp_path)
+    (image_root / "inside.png").symlink_to(image_root / "board.png")
+    (tmp_path / "images2").mkdir()
+    make_image("blue").save(tmp_path / "images2" / "board.png")
+    for bad in ("../outside.png", str(tmp_path / "outside.png"), "link.png", "up/outside.png", "../images2/board.png"):
+        path = write_jsonl(tmp_path / "rows.jsonl", [REFERENCE, {**REFERENCE, "image_input": [bad]}])
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=r"line 2: image_input\[0\]: the image .* lies outside image_root"):
+                list(load_conversations(path, image_root=str(image_root), streaming=streaming))
+    for good in ("inside.png", str(image_root / "board.png"), "../images/board.png", "up/images/board.png"):
+        located = read({**REFERENCE, "image_input": [good]}, image_root)["images"][0]
+        assert located["path"] == str((image_root / "board.png").resolve())
+
+
+def test_an_image_root_may_itself_be_a_link(image_root, tmp_path):
+    (tmp_path / "link").symlink_to(image_root)
+    path = write_jsonl(tmp_path / "rows.jsonl", [REFERENCE])
+    assert len(load_conversations(path, image_root=str(tmp_path / "link"))) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", ["missing.png", ".", "", None, 3, "a\0b", "\ud800", {"path": None}, ["board.png"], "x" * 5000]
+)
+def test_what_is_no_image_path(bad, image_root):
+    with pytest.raises(SampleError, match=r"images\[0\]: (there is no file|an image must be given by its path)"):
+        read({**NATIVE, "images": [bad, "step 1.png"]}, image_root)
+
+
+def test_pipes_and_loops_are_not_followed(image_root):
+    os.mkfifo(image_root / "pipe.png")
+    (image_root / "loop.png").symlink_to("loop.png")
+    for name in ("pipe.png", "loop.png"):
+        with pytest.raises(SampleError, match="there is no file"):
+            locate_image(name, "image", image_root.resolve())
+
+
+# Images.
+
+
+def test_bombs_are_refused_by_their_header(image_root, monkeypatch):
+    make_image("red", 64).save(image_root / "large.png")
+    monkeypatch.setattr(PILImage.Image, "load", lambda *_: pytest.fail("was decoded"))
+    for limit in (4000, 1000):  # PIL warns up to twice the limit, and raises above
+        monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", limit)
+        for function in (open_image, image_size):
+            with pytest.raises(ValueError, match="Image 3 .* too large, as a decompression bomb would be.*Shrink it"):
+                function({"bytes": None, "path": str(image_root / "large.png")}, "Image 3")
+
+
+def test_header_and_pixels(image_root):
+    path = str(image_root / "board.png")
+    image = {"bytes": Path(path).read_bytes(), "path": None}
+    assert image_size(path, "") == image_size(image, "") == image_size(make_image("red"), "") == (32, 32)
+    assert open_image(path, "").mode == "RGB" and open_image(make_image("red"), "").size == (32, 32)
+    half = {"bytes": image["bytes"][:-30], "path": None}
+    assert image_size(half, "") == (32, 32)
+    for broken in (half, {"bytes": b"no image", "path": None}, {"bytes": None, "path": None}):
+        with pytest.raises(ValueError, match=r"Image 3 \(bytes\) is no image that can be read: .* Replace it"):
+            open_image(broken, "Image 3")
+    with pytest.raises(ValueError, match="Image 3: there is no file nowhere.png"):
+        image_size("nowhere.png", "Image 3")
+
+
+# Bad rows: each error names the field and the remedy.
+
+
+def changed(row, **changes):
+    return {**row, **changes}
+
+
+BAD_ROWS = [
+    ({"\ud800": 1}, r"row: the fields .*ud800.* fit no known format"),
+    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name it with format="),
+    (changed(REFERENCE, text_input=3), "text_input: must be a text, got 3"),
+    (changed(REFERENCE, text_input="two <image> <image>"), "text_input: the text has 2 times <image>, .* 1 images"),
+    (changed(REFERENCE, text_input="<|latent_pad|>"), r"text_input: the text holds <\|latent_pad\|>.*remove them"),
+    (changed(REFERENCE, text_input="\ud800"), "text_input: the text is no valid Unicode"),
+    (changed(REFERENCE, text_input=" "), "user turn: has no words"),
+    (changed(REFERENCE, image_input={"a": 1}), "image_input: must be a list"),
+    (changed(REFERENCE, sequence_plan="Right"), "sequence_plan: must be a list, got 'Right'"),
+    (changed(REFERENCE, sequence_plan=["Right"]), r"sequence_plan\[0\]: must be a dict, got 'Right'"),
+    (
+        changed(REFERENCE, sequence_plan=[{"type": "sound"}]),
+        r"sequence_plan\[0\].type: unknown type 'sound'. Use",
+    ),
+    (changed(REFERENCE, sequence_plan=[{"type": "text"}]), r"sequence_plan\[0\].content: must be a text, got None"),
+    (
+        changed(REFERENCE, sequence_plan=[{"type": "latent"}]),
+        r"sequence_plan\[0\].helper_image: an image must be",
+    ),
+    (changed(REFERENCE, sequence_plan=[]), "assistant turn: has no words"),
+    (changed(MIRAGE, text_output="\\boxed{R}"), "text_output: the text has 0 times <output_image>, but .* 1 images"),
+    (changed(MIRAGE, image_output=None), "text_output: the text has 1 times <output_image>, but there are 0 images"),
+    (changed(MIRAGE, image_output="lost.png"), "image_output: there is no file .*lost.png"),
+    (changed(MIRAGE, text_output=["R"]), "text_output: "),
+    (changed(ZEBRA_COT, **{"Final Answer": None}), "Final Answer: is missing; the row has Question, "),
+    (changed(ZEBRA_COT, Question=7), "Question: must be a text, got 7"),
+    (changed(ZEBRA_COT, reasoning_image_1=None), "Text Reasoning Trace: names reasoning_image_1, but the row has no"),
+    (changed(ZEBRA_COT, reasoning_image_2="board.png"), "reasoning_image_2: the trace does not say where it belongs"),
+    (
+        changed(ZEBRA_COT, Question="<image_start>[reasoning_image_1]<image_end> Plan"),
+        "Question: names reasoning_image_1, which would show a step of the answer",
+    ),
+    (changed(MONET, data=[{"role": "critic", "content": []}]), r"data\[0\].role: unknown role 'critic'. Use one of"),
+    (changed(MONET, data=MONET["data"][:2]), "assistant turn: has no words"),
+    (changed(MONET, data=[{"role": "user"}]), r"data\[0\].content: must be a list, got None"),
+    (changed(MONET, data=[{"role": "user", "content": [{"type": "video"}]}]), r"data\[0\].content\[0\]: unknown type"),
+    (
+        changed(
+            MONET, data=[*MONET["data"], {"role": "assistant", "content": [{"type": "text", "text": MONET_SPAN}]}]
+        ),
+        "data: has 2 times <abs_vis_token></abs_vis_token> for 1 helper images",
+    ),
+    (changed(NATIVE, images=["board.png"]), r"messages\[1\].content\[1\]: is an image part, but `images` has only 1"),
+    (changed(NATIVE, images=["board.png"] * 3), "images: has 3 images for 2 image parts in `messages`. Add a part"),
+    (
+        changed(NATIVE, messages=[{"role": "user", "content": [{"type": "video"}]}]),
+        "unknown type 'video'",
+    ),
+    (changed(NATIVE, messages="hello"), "messages: must be a list, got 'hello'"),
+]
+
+
+@pytest.mark.parametrize("row, message", BAD_ROWS)
+def test_bad_rows(row, message, image_root):
+    with pytest.raises(SampleError, match=message) as caught:
+        read(row, image_root)
+    assert str(caught.value).startswith(caught.value.field)
+
+
+def test_a_named_format_is_the_one_that_is_read(image_root):
+    assert read(changed(REFERENCE, text_output="x"), image_root, "reference")["answer"] == "R"
+    with pytest.raises(SampleError, match="sequence_plan: is missing; the row has text_input, image_input"):
+        read(MIRAGE, image_root, "reference")
+
+
+def test_zebra_images_that_the_question_does_not_name_come_first(image_root):
+    row = changed(ZEBRA_COT, Question="Plan", problem_image_2="step 1.png", problem_image_10="board.png")
+    sample = read(row, image_root)
+    assert parts(sample)[0] == ("user", [True, True, True, "Plan"])
+    assert [Path(image["path"]).name[0] for image in sample["images"]] == ["b", "s", "b", "s"]
+
+
+def test_malformed_and_skipped_lines(image_root, caplog):
+    path = image_root / "rows.jsonl"
+    path.write_text(json.dumps(REFERENCE) + "\n\n{oh\n[]\n" + json.dumps(MIRAGE) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: line: is no JSON: .* Correct or remove it."):
+        load_conversations(str(path))
+    with caplog.at_level(logging.WARNING):
+        dataset = load_conversations(str(path), skip_bad_samples=True)
+    assert dataset["answer"] == ["R", "\\text{R}"]
+    assert [f"jsonl, line {i}:" in caplog.text for i in range(1, 6)] == [False, False, True, True, False]
+    path.write_text("[" * 100_000 + "\n")
+    assert isinstance(next(read_rows(path))[1], SampleError)
+    path.write_text('{"a": "' + "[" * 100_000 + '"}\n{"a": ' + "[" * 100_000 + "\n")
+    assert [type(row) for _, row, _ in read_rows(path)] == [dict, SampleError]
+
+
+def test_requests_that_cannot_be_met(image_root):
+    empty = image_root / "empty.jsonl"
+    empty.write_text("")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="empty.jsonl has no good samples. `ilvr check-data` says why"):
+            list(load_conversations(str(empty), streaming=streaming))
+    with pytest.raises(ValueError, match="There is no file nowhere.jsonl"):
+        load_conversations("nowhere.jsonl")
+    with pytest.raises(ValueError, match="image_root=nowhere is no folder"):
+        load_conversations(str(empty), image_root="nowhere")
+    with pytest.raises(ValueError, match=r"Unknown format 'llava'; choose one of \['native', "):
+        load_conversations(str(empty), format="llava")
+
+
+def test_the_last_box():
+    assert last_boxed("\\boxed{A} or \\boxed{\\frac{\\sqrt{2}}{2}}.") == "\\frac{\\sqrt{2}}{2}"
+    assert last_boxed("nothing") is None and last_boxed("\\boxed{open") is None
+
+
+def test_streaming_takes_the_memory_of_a_row(image_root):
+    path = image_root / "rows.jsonl"
+    line = json.dumps({**REFERENCE, "note": "x" * 60_000}) + "\n"
+    with open(path, "w") as file:
+        file.writelines([line] * 300)
+    array = shutil.copy(path, image_root / "rows.json")
+    Path(array).write_text("[" + ",".join([line] * 300) + "]")
+    for source in (path, array):
+        tracemalloc.start()
+        assert sum(1 for _ in load_conversations(str(source), streaming=True)) == 300
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8_000_000 < path.stat().st_size / 2

@@ -1,0 +1,167 @@
+"""The examples: the main job end to end on a tiny model, and the recipes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import train_ilvr
+import yaml
+from helpers import make_image
+from transformers import Qwen2_5_VLConfig
+from trl import TrlParser
+
+from ilvr import ILVRConfig, ILVRForConditionalGeneration
+from ilvr.trainer import ILVRTrainingConfig
+from ilvr.trainer.ilvr_trainer import freeze_vision_tower
+
+
+RECIPES = Path(train_ilvr.__file__).parent / "recipes"
+SMALL = yaml.safe_load((RECIPES / "frozen_lake_small.yaml").read_text())
+# The recipe of `make train` with a smaller model, fewer maps and fewer steps.
+TINY = {
+    **SMALL,
+    "small_backbone": {"hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32, "vision_layers": 1},
+    "frozen_lake": {
+        **SMALL["frozen_lake"],
+        "base_maps": {3: 4},
+        "maps": {3: 4},
+        "test_maps": {3: 3},
+        "batch_size": 3,
+    },
+    "training": {**SMALL["training"], "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True},
+    **{phase: {**SMALL[phase], "max_steps": steps} for phase, steps in (("base", 2), ("stage1", 1), ("stage2", 1))},
+}
+
+
+def parse(path, *arguments):
+    (recipe,) = TrlParser((train_ilvr.Recipe,)).parse_args_and_config(["--config", str(path), *arguments])
+    return recipe
+
+
+def test_the_main_job(tmp_path, capfd):
+    """Base, control, both stages, evaluation, cards, picture, and the reload in a fresh process, which compares."""
+    recipe_file = tmp_path / "tiny.yaml"
+    recipe_file.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run")}))
+    train_ilvr.main(parse(recipe_file))
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["base", "answer_only", "stage1", "stage2"]
+    assert all(scores["count_3x3"] == 3 for scores in results.values())
+    state = {phase: json.loads((run / phase / "trainer_state.json").read_text()) for phase in results}
+    assert state["answer_only"]["global_step"] == state["stage1"]["global_step"] + state["stage2"]["global_step"]
+    assert (run / "latents.png").stat().st_size > 10_000 and (run / "curves.png").stat().st_size > 10_000
+    for phase in results:
+        assert "| FrozenLake planning 3x3 | end_on_goal |" in (run / phase / "README.md").read_text()
+    assert "the same 3 answers" in capfd.readouterr().out
+
+
+def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Finished phases are not trained again; the one that was cut off goes on from its last whole checkpoint."""
+    recipe_file = tmp_path / "tiny.yaml"
+    training = {**TINY["training"], "save_strategy": "steps", "save_steps": 1}
+    phases = {"training": training, "answer_only": {}, "stage2": {"max_steps": 3}}
+    recipe_file.write_text(yaml.safe_dump({**TINY, **phases, "output_dir": str(tmp_path / "run")}))
+    monkeypatch.setattr(train_ilvr, "evaluate_frozen_lake", lambda *_: None)
+    train_ilvr.main(parse(recipe_file))
+    stage2 = tmp_path / "run" / "stage2"
+    expected = (stage2 / "model.safetensors").read_bytes()
+    for lost in (
+        stage2 / "trainer_state.json",
+        stage2 / "model.safetensors",
+        stage2 / "checkpoint-3" / "optimizer.pt",
+    ):
+        lost.unlink()
+    trained = []
+    train = train_ilvr.ILVRTrainer.train
+
+    def record(trainer, resume_from_checkpoint):
+        trained.append(resume_from_checkpoint)
+        return train(trainer, resume_from_checkpoint)
+
+    monkeypatch.setattr(train_ilvr.ILVRTrainer, "train", record)
+    train_ilvr.main(parse(recipe_file, "--resume", "true"))
+    assert trained == [str(stage2 / "checkpoint-2")]
+    assert (stage2 / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse_and_every_phase_is_valid(path, tmp_path):
+    recipe = parse(path, "--output_dir", str(tmp_path))
+    assert recipe.output_dir == str(tmp_path)
+    for phase in ("base", "answer_only", "stage1", "stage2"):
+        settings = {**recipe.training, **getattr(recipe, phase)}
+        # bf16 on a machine without it is for the machine to refuse.
+        args = ILVRTrainingConfig(str(tmp_path), stage=1 if phase == "stage1" else 2, **{**settings, "bf16": False})
+        assert args.learning_rate > 0
+
+
+ROWS = [
+    {
+        "text_input": "Plan <image>",
+        "image_input": ["board.png"],
+        "sequence_plan": [
+            {"type": "text", "content": "Right"},
+            {"type": "latent", "helper_image": "step.png"},
+            {"type": "text", "content": "Up \\boxed{R U}"},
+        ],
+        "original_final_answer": "R U",
+    }
+] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "qwen2_5_vl_7b_lora", "qwen2_5_vl_3b_lora"])
+def test_recipes_of_real_backbones_run_on_a_tiny_one(name, backbone_dir, tmp_path):
+    """Everything but backbone, data and the number of steps as in the recipe."""
+    for image in ("board.png", "step.png"):
+        make_image("red").save(tmp_path / image)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = parse(
+        RECIPES / f"{name}.yaml",
+        *("--output_dir", str(tmp_path / "run"), "--dataset", str(tmp_path / "train.jsonl")),
+        *("--backbone", str(backbone_dir)),
+    )
+    recipe.training |= {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    train_ilvr.main(recipe)
+    saved = tmp_path / "run" / ("merged" if recipe.lora else "stage2")
+    model = ILVRForConditionalGeneration.from_pretrained(saved)
+    assert model.config.latent_size == 8 and model.dtype == torch.bfloat16
+    adapter = (tmp_path / "run" / "stage2" / "adapter_model.safetensors").exists()
+    assert adapter == bool(recipe.lora)
+    for stage in ("stage1", "stage2"):
+        state = json.loads((tmp_path / "run" / stage / "trainer_state.json").read_text())
+        assert state["global_step"] == 1
+
+
+def test_the_7b_recipe_builds_on_the_meta_device(tmp_path):
+    """The published sizes of Qwen2.5-VL-7B; with the vision tower frozen, Qwen2.5-7B's 7,615,616,512 weights train."""
+    recipe = parse(RECIPES / "qwen2_5_vl_7b.yaml", "--dataset", "some/dataset")
+    assert recipe.backbone == "Qwen/Qwen2.5-VL-7B-Instruct" and recipe.dataset == "some/dataset"
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584}
+    config = ILVRConfig(
+        vlm_config=Qwen2_5_VLConfig(text_config=text, vision_config=vision),
+        latent_size=recipe.latent_size,
+        latent_head=recipe.latent_head,
+        latent_start_token_id=151665,
+        latent_pad_token_id=151666,
+        latent_end_token_id=151667,
+    )
+    with torch.device("meta"):
+        model = ILVRForConditionalGeneration(config)
+    assert model.num_parameters() == 8_292_166_656
+    freeze_vision_tower(model)
+    assert model.num_parameters(only_trainable=True) == 7_615_616_512
+
+
+def test_a_recipe_with_an_unknown_field_is_refused(tmp_path):
+    (tmp_path / "typo.yaml").write_text("latent_sise: 4\n")
+    with pytest.raises(ValueError, match="latent_sise"):
+        parse(tmp_path / "typo.yaml")

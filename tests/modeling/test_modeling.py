@@ -1,0 +1,198 @@
+"""Forward passes: equal to the backbone without latents, exact gradients through latents, save and load."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from backbones import FULLY_TESTED
+from helpers import (
+    LATENT_SIZE,
+    SPAN_SAMPLES,
+    encode,
+    every_backbone,
+    gradients,
+    largest_difference,
+    next_token_loss,
+    perturb,
+    prefix_recompute,
+)
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.latent_cache import ChunkCache
+from ilvr.latent_rollout import chunk_bounds
+from ilvr.trainer.inputs.image_features import image_outputs, without_pixels
+
+
+BACKBONES = FULLY_TESTED
+
+
+@every_backbone
+def test_forward_without_latents_is_the_backbones(model, processor, backbone_name):
+    inputs = encode(processor, SPAN_SAMPLES, "left", prompt_only=True)
+    torch.testing.assert_close(model(**inputs).logits, model.vlm(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("padding_side", ["left", "right", "none"])
+def test_walk_has_the_gradients_of_prefix_recompute(model, processor, padding_side, checkpointing):
+    samples = SPAN_SAMPLES[:1] if padding_side == "none" else SPAN_SAMPLES
+    inputs = encode(processor, samples, "right" if padding_side == "none" else padding_side)
+    model.train()
+    expected = gradients(model, next_token_loss(prefix_recompute(model, inputs), inputs))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    outputs = model(**inputs)
+    found = gradients(model, next_token_loss(outputs.logits, inputs))
+    assert largest_difference(found, expected) < 1e-5
+    # The control: without the feedback's gradient they differ.
+    model.activation_checkpointing_disable()
+    detached = model(**inputs, latent_values=outputs.predicted_latents.detach())
+    assert largest_difference(gradients(model, next_token_loss(detached.logits, inputs)), expected) > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_walk_frees_its_keys_and_values(model, processor, monkeypatch, checkpointing):
+    caches = []
+    original = ChunkCache.of_size
+    monkeypatch.setattr(ChunkCache, "of_size", lambda *sizes: caches.append(original(*sizes)) or caches[-1])
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    inputs = encode(processor, SPAN_SAMPLES)
+    next_token_loss(model.train()(**inputs).logits, inputs).backward()
+    states = [weakref.ref(part) for layer in caches.pop().layers for part in layer.states]
+    gc.collect()
+    assert states and not any(state() for state in states)
+
+
+def test_walk_can_be_gone_through_backwards_twice(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    loss = next_token_loss(model.train()(**inputs).logits, inputs)
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    twice = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
+    assert largest_difference(twice, once) < 1e-5
+
+
+def test_checkpointing_replays_the_layers(model, processor):
+    """But for single columns, which are not worth it."""
+    inputs = encode(processor, SPAN_SAMPLES)
+    bounds = chunk_bounds(inputs["input_ids"] == model.config.latent_pad_token_id)
+    wide = sum(stop - start > 1 for start, stop in bounds)
+    model.train().activation_checkpointing_enable()
+    calls = []
+    model.model.core.get_decoder().layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    loss = next_token_loss(model(**inputs).logits, inputs)
+    forward_calls = len(calls)
+    loss.backward()
+    assert (forward_calls, len(calls)) == (len(bounds), len(bounds) + wide)
+
+
+def test_reentrant_checkpointing_is_refused(model, processor):
+    model.train().activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(**encode(processor, SPAN_SAMPLES))
+
+
+@every_backbone
+def test_forcing_the_own_latents_changes_nothing(model, processor, backbone_name):
+    inputs = encode(processor, SPAN_SAMPLES, "left")
+    own = model(**inputs)
+    forced = model(**inputs, latent_values=own.predicted_latents)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(forced.logits[real], own.logits[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(forced.predicted_latents, own.predicted_latents, rtol=1e-4, atol=1e-4)
+
+
+def test_forced_latents_reach_their_positions_and_masked_ones_do_not(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    values = torch.randn(2, 2, LATENT_SIZE, 32)
+    mask = torch.ones(2, 2, LATENT_SIZE, dtype=torch.bool)
+    mask[0, 1, 2] = False
+    fed = model(**inputs, latent_values=values, latent_mask=mask).latent_inputs
+    pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+    torch.testing.assert_close(fed[mask], values[mask])
+    torch.testing.assert_close(fed[0, 1, 2], pad)
+
+
+def test_latents_of_another_size_are_refused(model, processor):
+    with pytest.raises(ValueError, match="5 latents a span; the model's latent_size is 3"):
+        model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(2, 2, 5, 32))
+
+
+def test_precomputed_image_features_equal_pixels(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    expected = model(**inputs).logits
+    features = image_outputs(inputs, model.model.core)
+    inputs = without_pixels(inputs)
+    assert "pixel_values" not in inputs
+    torch.testing.assert_close(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
+
+
+def test_later_image_in_the_sequence(model, processor):
+    """A second user turn with an image comes after the first span, and so in a later chunk of the walk."""
+    first, second = SPAN_SAMPLES
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": first["images"][0]}, {"type": "text", "text": "Plan"}],
+        },
+        first["messages"][1],
+        {"role": "user", "content": [{"type": "image", "image": first["images"][1]}, {"type": "text", "text": "Up"}]},
+        second["messages"][1],
+    ]
+    inputs = processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
+    images = inputs["input_ids"] == model.config.image_token_id
+    pads = inputs["input_ids"] == model.config.latent_pad_token_id
+    assert (images & (pads.cumsum(1) > 0)).any()
+    torch.testing.assert_close(model(**inputs).logits, prefix_recompute(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["identity", "linear", "mlp"])
+def test_save_and_load_with_perturbed_weights(backbone_dir, processor, tmp_path, head):
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head=head), seed=2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    inputs = encode(processor, SPAN_SAMPLES)
+    for auto_class in (AutoModelForImageTextToText, AutoModel):
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert isinstance(loaded, ILVRForConditionalGeneration)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(reloaded, ILVRProcessor) and reloaded.latent_size == 3
+    assert encode(reloaded, SPAN_SAMPLES)["input_ids"].equal(inputs["input_ids"])
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
+    assert str(backbone_dir) not in (tmp_path / "config.json").read_text()
+
+
+def test_sdpa_and_eager_agree(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    sdpa = model(**inputs).logits
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    assert other.vlm.config.get_text_config()._attn_implementation == "eager"
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(other(**inputs).logits[real], sdpa[real], rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_of_the_walk_are_those_of_one_forward(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    own = model(**inputs, output_hidden_states=True)
+    forced = model(**inputs, latent_values=own.predicted_latents, output_hidden_states=True)
+    real = inputs["attention_mask"].bool()
+    assert len(own.hidden_states) == len(forced.hidden_states)
+    for a, b in zip(own.hidden_states, forced.hidden_states):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
+
+
+def test_bad_configurations_are_refused(backbone_dir, tmp_path, model):
+    with pytest.raises(ValueError, match="latent_size"):
+        ILVRConfig(latent_size=0)
+    with pytest.raises(ValueError, match="latent_head"):
+        ILVRConfig(latent_head="conv")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ILVR checkpoint already"):
+        ILVRForConditionalGeneration.from_backbone(tmp_path)

@@ -1,0 +1,184 @@
+"""FrozenLake: pixels, rules, splits, conversations."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from PIL import Image
+
+from ilvr.tasks.frozen_lake import FrozenLakeMap, frozen_lake_dataset, render_board
+from ilvr.tasks.frozen_lake.board import MOVES, sample_map, sample_maps
+from ilvr.tasks.frozen_lake.conversations import PROMPTS, conversation
+from ilvr.tasks.frozen_lake.rendering import render_with_gymnasium
+
+
+VSP_EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "vsp_examples"
+
+
+@pytest.mark.parametrize("size", range(3, 9))
+def test_boards_equal_gymnasiums(size):
+    rng = random.Random(size)
+    for board in sample_maps(3, size=size, split="train", seed=0, max_hole_fraction=0.4):
+        plan = board.shortest_path(rng) + "".join(rng.choices("UDLR", k=6))
+        assert np.array_equal(render_board(board), render_with_gymnasium(board))
+        for cell, move in zip(board.walk(plan)[1:], plan):
+            assert np.array_equal(render_board(board, cell, move), render_with_gymnasium(board, cell, move))
+
+
+def test_gymnasium_walks_as_we_do():
+    gymnasium = pytest.importorskip("gymnasium")
+    rng = random.Random(0)
+    actions = {"L": 0, "D": 1, "R": 2, "U": 3}
+    for _ in range(20):
+        board = sample_map(rng, 5, 0.4)
+        env = gymnasium.make("FrozenLake-v1", desc=list(board.rows), is_slippery=False).unwrapped
+        env.reset()
+        env.s = board.start[0] * 5 + board.start[1]
+        for move in rng.choices("UDLR", k=12):
+            before = divmod(int(env.s), 5)
+            if board[before] in "HG":
+                break
+            env.step(actions[move])
+            assert divmod(int(env.s), 5) == board.step(before, move)
+
+
+def cell_pixels(pixels: np.ndarray, row: int, column: int) -> bytes:
+    return pixels[64 * row : 64 * row + 64, 64 * column : 64 * column + 64].tobytes()
+
+
+@pytest.mark.skipif(not VSP_EXAMPLES.exists(), reason="the VSP examples are not part of the repository")
+def test_vsp_examples_have_our_pixels():
+    """Each board is read off the cells of its first picture; then every later picture is drawn from map and plan."""
+    legend = FrozenLakeMap(("SFG", "HFF", "FFF"))
+    drawn = np.asarray(render_board(legend, (2, 2)))
+    kinds = {cell_pixels(drawn, r, c): legend[r, c] for r in range(3) for c in range(3) if (r, c) != (2, 2)}
+    count = 0
+    for line in (VSP_EXAMPLES / "sample.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        path = VSP_EXAMPLES / sample["image_input"].removeprefix("./data/examples/")
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        size = len(pixels) // 64
+        # The one cell that is none of these has the player on it: the start.
+        letters = [[kinds.get(cell_pixels(pixels, r, c), "S") for c in range(size)] for r in range(size)]
+        board = FrozenLakeMap(tuple(map("".join, letters)))
+        plan = "".join(word.strip()[0] for word in re.search(r"Plan: (.*)", sample["text_input"])[1].split(","))
+        assert np.array_equal(pixels, render_board(board))
+        for step, position in enumerate(board.walk(plan)[1:], 1):
+            later = path.with_name(path.name.replace("step_0", f"step_{step}"))
+            if later.exists():
+                assert np.array_equal(Image.open(later).convert("RGB"), render_board(board, position, plan[step - 1]))
+                count += 1
+    assert count == 40
+
+
+def test_maps_have_paths_and_limits():
+    for board in sample_maps(50, size=4, split="test", seed=1, max_hole_fraction=0.25):
+        assert sum(row.count("H") for row in board.rows) <= 4
+        plan = board.shortest_path(random.Random(0))
+        assert board.walk(plan)[-1] == board.goal and len(plan) == board.distances[board.start]
+        assert all(board[cell] != "H" for cell in board.walk(plan))
+
+
+def test_splits_are_disjoint_under_the_symmetries_of_the_square():
+    keys = {}
+    for split in ("train", "validation", "test"):
+        boards = sample_maps(150, size=3, split=split, seed=0, max_hole_fraction=0.4)
+        assert len(set(boards)) == 150
+        keys[split] = {board.canonical() for board in boards}
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
+    assert not keys["validation"] & keys["test"]
+
+
+def test_canonical_is_the_same_for_all_eight_images_and_no_other():
+    board = FrozenLakeMap(("SFH", "FFF", "HFG"))
+    turned = FrozenLakeMap(tuple("".join(c) for c in zip(*board.rows[::-1])))
+    mirrored = FrozenLakeMap(board.rows[::-1])
+    other = FrozenLakeMap(("SHF", "FFF", "HFG"))
+    assert board.canonical() == turned.canonical() == mirrored.canonical() != other.canonical()
+
+
+def test_a_seed_fixes_everything():
+    settings = {"tasks": ["plan_trace", "outcome"], "split": "train"}
+    one, two = (frozen_lake_dataset({3: 4, 4: 2}, **settings, seed=5) for _ in range(2))
+    other = frozen_lake_dataset({3: 4, 4: 2}, **settings, seed=6)
+    assert one.to_dict() == two.to_dict() != other.to_dict()
+    assert [len(board) for board in one["board"]] == [3] * 8 + [4] * 4
+
+
+def test_saved_and_loaded_with_its_images(tmp_path):
+    data = frozen_lake_dataset({3: 2}, tasks=["plan_trace"], split="train")
+    data.save_to_disk(tmp_path)
+    loaded = load_from_disk(tmp_path)
+    for sample, reloaded in zip(data, loaded):
+        board = FrozenLakeMap(tuple(reloaded["board"]))
+        walk = board.walk(reloaded["answer"].replace(" ", ""))
+        assert len(reloaded["images"]) == len(sample["images"]) == len(walk)
+        assert np.array_equal(reloaded["images"][0], render_board(board))
+        last_move = reloaded["answer"][-1]
+        assert np.array_equal(reloaded["images"][-1], render_board(board, walk[-1], last_move))
+
+
+def test_rules_of_the_walk():
+    board = FrozenLakeMap.from_vsp_codes([[1, -1, 0], [0, 0, 0], [0, 0, 2]])
+    assert board.rows == ("SHF", "FFF", "FFG")
+    assert board.walk("LUD") == [(0, 0), (0, 0), (0, 0), (1, 0)]  # leaving the board = staying
+    assert board.walk("RRR") == [(0, 0), (0, 1)]  # a hole ends it
+    assert board.best_moves((0, 0)) == ["D"] and board.best_moves((1, 0)) == ["D", "R"]
+    assert board.best_moves((2, 2)) == [] and board.distances[0, 0] == 4
+
+
+def test_conversations():
+    board = FrozenLakeMap(("SFH", "HFF", "HFG"))
+    sample = conversation(board, "plan_trace", random.Random(0))
+    parts = sample["messages"][1]["content"]
+    moves = [part["text"] for part in parts if part["type"] == "text"]
+    assert len(sample["images"]) == 1 + len(moves) - 1 and moves[:4] == [
+        f" {move}" for move in sample["answer"].split()
+    ]
+    assert moves[-1] == "\\boxed{" + sample["answer"] + "}" and len(sample["answer"].split()) == 4
+    several = conversation(board, "plan+moves+describe+distances", random.Random(0))
+    assert len(several["images"]) == 1 and len(several["messages"]) == 8
+    assert several["messages"][5]["content"][0]["text"] == "S F H\nH F F\nH F G"
+    assert several["messages"][7]["content"][0]["text"] == "4 3 -\n- 2 1\n- 1 0"
+    with pytest.raises(ValueError, match="Unknown FrozenLake task 'draw'"):
+        conversation(board, "draw", random.Random(0))
+
+
+def test_outcomes_are_balanced_and_true():
+    data = frozen_lake_dataset({4: 150}, tasks=["outcome"], split="train", max_hole_fraction=0.3)
+    counts = {letter: data["answer"].count(letter) for letter in "ABC"}
+    assert min(counts.values()) > 25
+    start = PROMPTS["outcome"].split("{plan}")[0]
+    for sample in data.remove_columns("images"):
+        board = FrozenLakeMap(tuple(sample["board"]))
+        plan = sample["messages"][0]["content"][1]["text"].removeprefix(start).replace(" ", "")
+        assert set(plan) <= set(MOVES)
+        last = board.walk(plan)[-1]
+        assert sample["answer"] == {"G": "A", "H": "B"}.get(board[last], "C")
+
+
+def test_bad_maps_and_requests():
+    with pytest.raises(ValueError, match="square"):
+        FrozenLakeMap(("SF", "FGF"))
+    with pytest.raises(ValueError, match="exactly one start"):
+        FrozenLakeMap(("SS", "FG"))
+    with pytest.raises(ValueError, match="letters"):
+        FrozenLakeMap(("SX", "FG"))
+    with pytest.raises(ValueError, match="distinct 3x3 maps"):
+        sample_maps(60, size=3, split="validation", seed=0, max_hole_fraction=0.2)
+    with pytest.raises(ValueError, match="Unknown split"):
+        sample_maps(5, size=3, split="dev", seed=0, max_hole_fraction=0.2)
+
+
+def test_rendering_is_silent_and_headless():
+    script = "from ilvr.tasks.frozen_lake import *; render_board(FrozenLakeMap(('SF', 'FG')))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "SDL_VIDEODRIVER", "SDL_AUDIODRIVER")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

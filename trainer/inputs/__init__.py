@@ -1,0 +1,1 @@
+"""From conversations to batches: preparation, collation, image features, order."""

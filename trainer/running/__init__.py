@@ -1,0 +1,1 @@
+"""What keeps a run going: engines, adapters, whole checkpoints, exact resume."""

@@ -1,0 +1,1 @@
+"""What a run shows of itself: its log, its speed, pictures of what is selected."""

@@ -1,0 +1,40 @@
+"""Time, tokens and memory of optimizer steps."""
+
+import time
+
+import torch
+from transformers import TrainerCallback
+
+
+def peak_gpu_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors of this process held on a CUDA device since the last call."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"gpu_memory_gib": peak / 2**30}
+
+
+class StepClock(TrainerCallback):
+    """Time and tokens of optimizer steps. What lies between two steps (logging, drawing, evaluation, saving) does not
+    count; waiting for data and the update of the teacher do."""
+
+    def __init__(self):
+        self.seconds, self.steps = 0.0, 0
+
+    def start(self):
+        """Called when a step begins to fetch its batches, before any event."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # `Trainer` reads the loss of each micro-batch, so the device is hardly behind.
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def read(self, tokens: float) -> dict[str, float]:
+        """Mean time of the steps since the last call, and throughput, given the tokens of all ranks in them."""
+        if not self.steps:
+            return {}
+        rates = {"step_time": self.seconds / self.steps, "tokens_per_second": tokens / self.seconds}
+        self.seconds, self.steps = 0.0, 0
+        return rates
