@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from .selection import SELECTION_METHODS
+from .selection import SELECTORS
 
 
 @dataclass
@@ -88,7 +88,7 @@ class ILVRTrainingConfig(SFTConfig):
     teacher_decay: float = field(default=0.999, metadata={"help": "Momentum of the teacher."})
     selection_method: str = field(
         default="query_top_p",
-        metadata={"help": "How targets are selected from a helper image.", "choices": list(SELECTION_METHODS)},
+        metadata={"help": "How targets are selected from a helper image.", "choices": list(SELECTORS)},
     )
     selection_top_p: float = field(default=0.9, metadata={"help": "Probability mass of the selected features."})
     selection_temperature: float = field(default=0.05, metadata={"help": "Softmax temperature over the cosines."})
@@ -112,8 +112,8 @@ class ILVRTrainingConfig(SFTConfig):
             super().__post_init__()
         if self.stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 (alignment) or 2 (relaxation), got {self.stage}.")
-        if self.selection_method not in SELECTION_METHODS:
-            raise ValueError(f"`selection_method` must be one of {SELECTION_METHODS}, got {self.selection_method!r}.")
+        if self.selection_method not in SELECTORS:
+            raise ValueError(f"`selection_method` must be one of {list(SELECTORS)}, got {self.selection_method!r}.")
         if not 0 <= self.teacher_decay < 1:
             raise ValueError(f"`teacher_decay` must lie in [0, 1), got {self.teacher_decay}.")
         if not 0 < self.selection_top_p <= 1 or self.selection_temperature <= 0:
@@ -121,6 +121,8 @@ class ILVRTrainingConfig(SFTConfig):
                 "`selection_top_p` must lie in (0, 1] and `selection_temperature` above 0, got "
                 f"{self.selection_top_p} and {self.selection_temperature}."
             )
+        if self.max_candidates < 1:
+            raise ValueError(f"`max_candidates` must be at least 1, got {self.max_candidates}.")
         iterations, gradient_iterations = self.jacobi_iterations, self.jacobi_gradient_iterations
         if iterations is not None and (self.stage == 1 or iterations < 1):
             raise ValueError(f"`jacobi_iterations` is for stage 2 and at least 1, got {iterations}.")

@@ -1,21 +1,83 @@
-"""What the teacher looks for in a helper image, and which image features it keeps (paper, section 3.2).
+"""Which features of a helper image a span's latents are aligned with (paper, section 3.2).
 
-Pure functions. Shapes: B batch, T sequence, S spans, K latents a span, N candidates of a helper image, D hidden.
+Pure functions. Shapes: B batch, T sequence, S spans, K latents a span, N candidates of a picture, D hidden.
+
+A selector is a function of one signature: what there is to look at ([`SelectionInputs`]), the number of the span, and
+what was selected for the span before (`None` for the first). A new one is that function and a line in `SELECTORS`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
 
-SELECTION_METHODS = ("query_top_p", "mean_pool", "uniform", "random")
+class SpanSelection(NamedTuple):
+    """What was selected for one span of each row.
+
+    Args:
+        targets (`torch.Tensor` of shape `(B, K, D)`): by falling score, zero where `mask` is false.
+        mask (`torch.BoolTensor` of shape `(B, K)`): the first K*.
+        indices (`torch.LongTensor` of shape `(B, K)`): of the targets among the candidates.
+        mass (`torch.Tensor` of shape `(B,)`): probability that the targets hold, or the share of candidates used.
+    """
+
+    targets: torch.Tensor
+    mask: torch.Tensor
+    indices: torch.Tensor
+    mass: torch.Tensor
+
+
+@dataclass
+class SelectionInputs:
+    """What a selector may look at.
+
+    Args:
+        candidates (`torch.Tensor` of shape `(B, S, N, D)`): features of the helper images.
+        candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`): which candidates exist.
+        max_selected (`int`): K.
+        top_p (`float`), temperature (`float`): of [`top_p_selection`].
+        global_query (`torch.Tensor` of shape `(B, D)`, *optional*): u, see [`global_query`].
+        text_queries (`torch.Tensor` of shape `(B, S, D)`, *optional*): mean states of the words before each span.
+        has_text (`torch.BoolTensor` of shape `(B, S)`, *optional*): whether there are such words.
+        encode_user_pictures (`Callable`, *optional*): gives the candidates (B, N, D) of each row's last user image
+            and their mask (B, N); called only if a selector asks for them.
+
+    The queries are there for selectors that read the teacher, see [`Selector`].
+    """
+
+    candidates: torch.Tensor
+    candidate_mask: torch.Tensor
+    max_selected: int
+    top_p: float = 0.9
+    temperature: float = 0.05
+    global_query: torch.Tensor | None = None
+    text_queries: torch.Tensor | None = None
+    has_text: torch.Tensor | None = None
+    encode_user_pictures: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    @cached_property
+    def _user_pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encode_user_pictures()
+
+    def picture_before(self, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates (B, N, D), with their mask (B, N), of the picture that a helper image follows.
+
+        That is the helper image of the span before, and for the first span the user's last image.
+        """
+        if span == 0:
+            return self._user_pictures
+        return self.candidates[:, span - 1], self.candidate_mask[:, span - 1]
 
 
 @dataclass
 class Selection:
-    """What was selected in the helper images of a batch.
+    """What was selected for all spans of a batch, and among what.
 
     Args:
         targets (`torch.Tensor` of shape `(B, S, K, D)`): by falling score, zero where `mask` is false.
@@ -40,21 +102,21 @@ class Selection:
         shares = {f"selected_{k}": (counts == k).float().mean() for k in range(1, self.mask.shape[-1] + 1)}
         return {"selected_per_span": counts.float().mean(), "selected_mass": self.mass[exists].mean(), **shares}
 
-    def nearest(self, latents):
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """The candidate (B, S, K) that each of `latents` (B, S, K, D) resembles most, by cosine as in the loss."""
-        unit = torch.nn.functional.normalize(self.candidates, dim=-1)
+        unit = normalize(self.candidates, dim=-1)
         scores = torch.einsum("bskd,bsnd->bskn", latents.to(unit.dtype), unit)
         return scores.masked_fill(~self.candidate_mask.unsqueeze(2), -torch.inf).argmax(-1)
 
 
-def masked_mean(values, mask):
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `values` (…, T, D) over the columns where `mask` (…, T) is true; zero where there are none."""
     weights = mask.to(values.dtype)
     total = torch.einsum("...td,...t->...d", values, weights)
     return total / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
-def group_candidates(features, max_candidates):
+def group_candidates(features: torch.Tensor, max_candidates: int) -> torch.Tensor:
     """Averages a long feature map into `max_candidates` contiguous groups of nearly equal size.
 
     Args:
@@ -69,7 +131,7 @@ def group_candidates(features, max_candidates):
     return torch.stack([group.mean(0) for group in features.tensor_split(max_candidates)])
 
 
-def pad_candidates(groups, counts):
+def pad_candidates(groups: list[torch.Tensor], counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lays the candidates of all helper images of a batch out by sample and span.
 
     Args:
@@ -90,7 +152,7 @@ def pad_candidates(groups, counts):
     return candidates, candidate_mask
 
 
-def global_query(hidden, prompt_mask, image_mask):
+def global_query(hidden: torch.Tensor, prompt_mask: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
     """u, what the question asks of the picture (B, D).
 
     The mean of r_txt, the mean of the teacher's states over the prompt's text tokens, and r_img, its states over the
@@ -113,7 +175,9 @@ def global_query(hidden, prompt_mask, image_mask):
     return torch.where(has_image, (r_img + r_txt) / 2, r_txt)
 
 
-def span_text_masks(input_ids, assistant_mask, latent_ids, num_spans):
+def span_text_masks(
+    input_ids: torch.Tensor, assistant_mask: torch.Tensor, latent_ids: tuple[int, int, int], num_spans: int
+) -> torch.Tensor:
     """Where the words just before each span stand.
 
     Args:
@@ -133,7 +197,9 @@ def span_text_masks(input_ids, assistant_mask, latent_ids, num_spans):
     )
 
 
-def top_p_selection(scores, candidate_mask, *, top_p, max_selected, temperature):
+def top_p_selection(
+    scores: torch.Tensor, candidate_mask: torch.Tensor, *, top_p: float, max_selected: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keeps the smallest set of candidates that holds `top_p` of the probability, at most `max_selected`.
 
     Args:
@@ -156,77 +222,103 @@ def top_p_selection(scores, candidate_mask, *, top_p, max_selected, temperature)
     kept_mass = (mass * selected).sum(-1)
     missing = max_selected - width
     if missing:
-        indices = torch.nn.functional.pad(indices, (0, missing))
-        selected = torch.nn.functional.pad(selected, (0, missing))
+        indices = pad(indices, (0, missing))
+        selected = pad(selected, (0, missing))
     return indices, selected, kept_mass
 
 
-def select_by_query(
-    candidates, candidate_mask, global_queries, text_queries, has_text, *, top_p, max_selected, temperature
-):
-    """Selects the targets of each span by the teacher's query (paper, equations 3 to 6).
+def select_by_query(inputs: SelectionInputs, span: int, previous: SpanSelection | None) -> SpanSelection:
+    """The teacher's query (paper, equations 3 to 6).
 
     q_s is the mean of u, of the mean state of the words before span s (if there are any), and of the mean of the
-    features selected for span s - 1 (if there is one).
-
-    Args:
-        candidates (`torch.Tensor` of shape `(B, S, N, D)`): features of the helper images.
-        candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`).
-        global_queries (`torch.Tensor` of shape `(B, D)`): u.
-        text_queries (`torch.Tensor` of shape `(B, S, D)`): mean states of the words before each span.
-        has_text (`torch.BoolTensor` of shape `(B, S)`): whether there are such words.
-
-    Returns:
-        `tuple`: targets (B, S, K, D) by falling score, mask (B, S, K), indices (B, S, K), selected mass (B, S).
+    features selected for span s - 1 (if there is one). The candidates nearest to it, by cosine, that together hold
+    `top_p` of the probability are kept, at most K.
     """
-    targets, masks, all_indices, masses = [], [], [], []
-    previous = torch.zeros_like(global_queries)
-    has_previous = torch.zeros_like(has_text[:, 0])
-    for s in range(candidates.shape[1]):
-        weights = torch.stack([torch.ones_like(has_previous), has_text[:, s], has_previous], 1).to(candidates.dtype)
-        parts = torch.stack([global_queries, text_queries[:, s], previous], 1)  # (B, 3, D)
-        query = (parts * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)  # (B, D)
-        scores = torch.cosine_similarity(candidates[:, s], query.unsqueeze(1), dim=-1)  # (B, N)
-        indices, mask, mass = top_p_selection(
-            scores, candidate_mask[:, s], top_p=top_p, max_selected=max_selected, temperature=temperature
-        )
-        chosen = candidates[:, s].gather(1, indices.unsqueeze(-1).expand(-1, -1, candidates.shape[-1]))  # (B, K, D)
-        previous, has_previous = masked_mean(chosen, mask), mask.any(1)
-        targets.append(chosen * mask.unsqueeze(-1))
-        masks.append(mask)
-        all_indices.append(indices)
-        masses.append(mass)
-    return torch.stack(targets, 1), torch.stack(masks, 1), torch.stack(all_indices, 1), torch.stack(masses, 1)
-
-
-def select_without_query(candidates, candidate_mask, *, method, max_selected):
-    """Baselines for ablations: targets that no teacher chose.
-
-    Args:
-        candidates (`torch.Tensor` of shape `(B, S, N, D)`), candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`).
-        method (`str`): `"mean_pool"` (K contiguous groups, averaged, as in Mirage), `"uniform"` (K at equal distances
-            in raster order) or `"random"` (K drawn without replacement).
-
-    Returns:
-        As [`select_by_query`]; the mass is the share of the candidates that are used.
-    """
-    batch_size, num_spans, num_candidates, _ = candidates.shape
-    counts = candidate_mask.sum(-1, keepdim=True)  # (B, S, 1)
-    slots = torch.arange(max_selected, device=candidates.device)
-    used = torch.minimum(counts, torch.as_tensor(max_selected, device=counts.device))
-    mask = slots < used  # (B, S, K)
-    if method == "random":
-        noise = torch.rand(candidate_mask.shape, device=candidates.device).masked_fill(~candidate_mask, -1.0)
-        indices = noise.argsort(-1, descending=True)
-        indices = torch.nn.functional.pad(indices, (0, max(0, max_selected - num_candidates)))[..., :max_selected]
+    candidates, candidate_mask = inputs.candidates[:, span], inputs.candidate_mask[:, span]
+    has_text = inputs.has_text[:, span]
+    if previous is None:
+        before, has_before = torch.zeros_like(inputs.global_query), torch.zeros_like(has_text)
     else:
-        indices = (slots * counts).div(used.clamp(min=1), rounding_mode="floor").clamp(max=num_candidates - 1)
-    targets = candidates.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, candidates.shape[-1]))
-    if method == "mean_pool":
-        ends = ((slots + 1) * counts).div(used.clamp(min=1), rounding_mode="floor")  # (B, S, K)
-        places = torch.arange(num_candidates, device=candidates.device)
-        groups = (places >= indices.unsqueeze(-1)) & (places < ends.unsqueeze(-1))  # (B, S, K, N)
-        groups = groups & candidate_mask.unsqueeze(2)
-        targets = masked_mean(candidates.unsqueeze(2), groups)
-    mass = (used / counts.clamp(min=1)).squeeze(-1).to(candidates.dtype)
-    return targets * mask.unsqueeze(-1), mask, indices * mask, mass
+        before, has_before = masked_mean(previous.targets, previous.mask), previous.mask.any(1)
+    weights = torch.stack([torch.ones_like(has_before), has_text, has_before], 1).to(candidates.dtype)  # (B, 3)
+    parts = torch.stack([inputs.global_query, inputs.text_queries[:, span], before], 1)  # (B, 3, D)
+    query = (parts * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)  # (B, D)
+    scores = torch.cosine_similarity(candidates, query.unsqueeze(1), dim=-1)  # (B, N)
+    indices, mask, mass = top_p_selection(
+        scores,
+        candidate_mask,
+        top_p=inputs.top_p,
+        max_selected=inputs.max_selected,
+        temperature=inputs.temperature,
+    )
+    return SpanSelection(_gather(candidates, indices, mask), mask, indices, mass)
+
+
+def select_uniform(inputs: SelectionInputs, span: int, previous: SpanSelection | None = None) -> SpanSelection:
+    """A baseline: K candidates at equal distances in raster order."""
+    candidates, counts = inputs.candidates[:, span], inputs.candidate_mask[:, span].sum(-1, keepdim=True)  # (B, 1)
+    slots = torch.arange(inputs.max_selected, device=candidates.device)
+    used = counts.clamp(max=inputs.max_selected)
+    indices = _starts(slots, counts, used).clamp(max=candidates.shape[1] - 1)
+    mask = slots < used  # (B, K)
+    return SpanSelection(_gather(candidates, indices, mask), mask, indices * mask, _share(used, counts, candidates))
+
+
+def select_mean_pool(inputs: SelectionInputs, span: int, previous: SpanSelection | None = None) -> SpanSelection:
+    """A baseline: K contiguous groups of candidates, averaged, as in Mirage (arXiv 2506.17218)."""
+    candidates, mask = inputs.candidates[:, span], inputs.candidate_mask[:, span]
+    uniform = select_uniform(inputs, span)
+    counts, slots = mask.sum(-1, keepdim=True), torch.arange(inputs.max_selected, device=mask.device)
+    ends = _starts(slots + 1, counts, counts.clamp(max=inputs.max_selected))  # (B, K)
+    places = torch.arange(candidates.shape[1], device=mask.device)
+    groups = (places >= uniform.indices.unsqueeze(-1)) & (places < ends.unsqueeze(-1)) & mask.unsqueeze(1)  # (B, K, N)
+    targets = masked_mean(candidates.unsqueeze(1), groups) * uniform.mask.unsqueeze(-1)
+    return uniform._replace(targets=targets)
+
+
+def select_random(inputs: SelectionInputs, span: int, previous: SpanSelection | None = None) -> SpanSelection:
+    """A baseline: K candidates drawn without replacement."""
+    candidates, exists = inputs.candidates[:, span], inputs.candidate_mask[:, span]
+    counts = exists.sum(-1, keepdim=True)  # (B, 1)
+    used = counts.clamp(max=inputs.max_selected)
+    noise = torch.rand(exists.shape, device=exists.device).masked_fill(~exists, -1.0)
+    indices = noise.argsort(-1, descending=True)
+    indices = pad(indices, (0, max(0, inputs.max_selected - exists.shape[1])))[:, : inputs.max_selected]
+    mask = torch.arange(inputs.max_selected, device=exists.device) < used
+    return SpanSelection(_gather(candidates, indices, mask), mask, indices * mask, _share(used, counts, candidates))
+
+
+class Selector(NamedTuple):
+    """A way to select targets.
+
+    Args:
+        select (`Callable`): as the functions above.
+        reads_teacher (`bool`, *optional*, defaults to `False`): whether it needs the queries of [`SelectionInputs`],
+            which cost a forward pass of the teacher.
+    """
+
+    select: Callable[[SelectionInputs, int, SpanSelection | None], SpanSelection]
+    reads_teacher: bool = False
+
+
+SELECTORS = {
+    "query_top_p": Selector(select_by_query, reads_teacher=True),
+    "mean_pool": Selector(select_mean_pool),
+    "uniform": Selector(select_uniform),
+    "random": Selector(select_random),
+}
+
+
+def _gather(candidates: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The candidates (B, K, D) of `indices` (B, K), zero where `mask` is false."""
+    chosen = candidates.gather(1, indices.unsqueeze(-1).expand(-1, -1, candidates.shape[-1]))
+    return chosen * mask.unsqueeze(-1)
+
+
+def _starts(slots: torch.Tensor, counts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Where the groups of `slots` (K,) start, (B, K), when `counts` (B, 1) candidates are cut into `used` groups."""
+    return (slots * counts).div(used.clamp(min=1), rounding_mode="floor")
+
+
+def _share(used: torch.Tensor, counts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return (used / counts.clamp(min=1)).squeeze(-1).to(like.dtype)

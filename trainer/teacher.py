@@ -99,6 +99,11 @@ class MomentumTeacher:
             )
         for name, parameter in zip(self.names, self.parameters()):
             saved = tensors[name]
+            if saved.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} of {folder}/{TEACHER_FILE} has shape {tuple(saved.shape)}, the teacher's "
+                    f"{tuple(parameter.shape)}: it is of another model. Resume with the one that it was made with."
+                )
             if isinstance(parameter, DTensor):
                 saved = distribute_tensor(saved.to(parameter.device), parameter.device_mesh, parameter.placements)
             parameter.copy_(saved)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ilvr.trainer.selection import (
+    SELECTORS,
+    SelectionInputs,
     global_query,
     group_candidates,
     masked_mean,
-    select_by_query,
-    select_without_query,
     span_text_masks,
     top_p_selection,
 )
@@ -82,15 +82,25 @@ def test_temperature_one_never_binds():
     assert selected.sum() == 2  # probabilities fall by exp(-(1 / 7) / 0.1) = 0.24 a step: 0.76 + 0.18 are enough
 
 
+def select(method, candidates, exists, max_selected, **options):
+    """Targets, masks, indices and masses of all spans, as the trainer's selector chains them."""
+    inputs = SelectionInputs(candidates, exists, max_selected, **options)
+    spans = []
+    for span in range(candidates.shape[1]):
+        spans.append(SELECTORS[method].select(inputs, span, spans[-1] if spans else None))
+    return [torch.stack(parts, dim=1) for parts in zip(*spans)]
+
+
 def test_queries_chain_through_the_spans():
     """Span 0 asks for (1, 0) and gets it; span 1 has no words, so u and that feature make its query."""
     candidates = torch.eye(2).expand(1, 2, 2, 2)
+    queries = {
+        "global_query": torch.tensor([[0.0, 0.4]]),
+        "text_queries": torch.tensor([[[1.0, 0.0], [0.0, 50.0]]]),
+        "has_text": torch.tensor([[True, False]]),
+    }
     exists = torch.ones(1, 2, 2, **ALL)
-    u = torch.tensor([[0.0, 0.4]])
-    words = torch.tensor([[[1.0, 0.0], [0.0, 50.0]]])
-    has_words = torch.tensor([[True, False]])
-    options = {"top_p": 0.9, "max_selected": 1, "temperature": 1.0}
-    targets, mask, indices, mass = select_by_query(candidates, exists, u, words, has_words, **options)
+    targets, mask, indices, mass = select("query_top_p", candidates, exists, 1, temperature=1.0, **queries)
     # q_0 = ((0, .4) + (1, 0)) / 2 = (.5, .2); q_1 = ((0, .4) + (1, 0)) / 2: the words of span 1 are not there.
     assert indices.flatten().tolist() == [0, 0] and mask.all()
     assert targets[0, :, 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
@@ -101,22 +111,30 @@ def test_queries_chain_through_the_spans():
 def test_a_missing_span_selects_nothing_and_is_no_previous_one():
     candidates = torch.eye(2).expand(1, 2, 2, 2)
     exists = torch.tensor([[[False, False], [True, True]]])
-    options = {"top_p": 0.9, "max_selected": 1, "temperature": 1.0}
-    _, mask, indices, _ = select_by_query(
-        candidates, exists, torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2, 2), torch.zeros(1, 2, **ALL), **options
-    )
+    queries = {"global_query": torch.tensor([[0.0, 1.0]]), "text_queries": torch.zeros(1, 2, 2)}
+    queries["has_text"] = torch.zeros(1, 2, **ALL)
+    _, mask, indices, _ = select("query_top_p", candidates, exists, 1, temperature=1.0, **queries)
     assert mask.flatten().tolist() == [False, True] and indices[0, 1, 0] == 1
 
 
 def test_baselines():
     candidates = torch.arange(6.0).view(1, 1, 6, 1)
     exists = torch.ones(1, 1, 6, **ALL)
-    pooled, mask, _, mass = select_without_query(candidates, exists, method="mean_pool", max_selected=3)
+    pooled, mask, _, mass = select("mean_pool", candidates, exists, 3)
     assert pooled.flatten().tolist() == [0.5, 2.5, 4.5] and mask.all() and mass.item() == 0.5
-    uniform, _, indices, _ = select_without_query(candidates, exists, method="uniform", max_selected=3)
+    uniform, _, indices, _ = select("uniform", candidates, exists, 3)
     assert indices.flatten().tolist() == [0, 2, 4] and uniform.flatten().tolist() == [0.0, 2.0, 4.0]
-    _, mask, indices, _ = select_without_query(candidates, exists, method="random", max_selected=4)
+    _, mask, indices, _ = select("random", candidates, exists, 4)
     assert len(set(indices.flatten().tolist())) == 4 and mask.all()
     for method in ("mean_pool", "uniform", "random"):
-        targets, mask, _, _ = select_without_query(candidates, exists, method=method, max_selected=8)
+        targets, mask, _, _ = select(method, candidates, exists, 8)
         assert mask.sum() == 6 and sorted(targets[mask].flatten().tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_baselines_of_pictures_of_unequal_size():
+    """Two and six candidates in one batch: each picture is cut by its own number."""
+    candidates = torch.arange(6.0).view(1, 6, 1).expand(2, 1, 6, 1)
+    exists = torch.tensor([[[True] * 2 + [False] * 4], [[True] * 6]])
+    pooled, mask, _, mass = select("mean_pool", candidates, exists, 3)
+    assert mask.tolist() == [[[True, True, False]], [[True] * 3]] and mass.flatten().tolist() == [1.0, 0.5]
+    assert pooled.flatten().tolist() == [0.0, 1.0, 0.0, 0.5, 2.5, 4.5]

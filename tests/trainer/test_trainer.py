@@ -153,13 +153,6 @@ def test_log_has_every_part(model, processor, tmp_path):
     assert {"mean_token_accuracy", "entropy", "num_tokens"} <= log.keys()
 
 
-@pytest.mark.parametrize("method", ["mean_pool", "uniform", "random"])
-def test_baseline_selections_train(model, processor, tmp_path, method):
-    trainer = make_trainer(model, processor, tmp_path, selection_method=method, max_steps=1)
-    trainer.train()
-    assert trainer.state.log_history[0]["selected_per_span"] == 3  # K = 3 of 4 candidates
-
-
 def test_samples_without_spans_train_as_text(model, processor, tmp_path):
     text = make_sample(["Right Down"])
     mixed = [text, SAMPLES[0], text, SAMPLES[1]]

@@ -10,6 +10,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
@@ -26,11 +27,12 @@ NOT_LISTED = {MANIFEST, "README.md"}
 WEIGHTS = ("model*.safetensors", "pytorch_model*", "**/adapter_model.*", "global_step*")
 
 
-def write_manifest(checkpoint: str | Path):
+def write_manifest(checkpoint: str | Path, settings: dict | None = None):
     """Declares a checkpoint whole: lists the size of each file, once all of them have reached the disk.
 
     Args:
         checkpoint (`str` or `Path`): a folder that nothing will be written to any more.
+        settings (`dict`, *optional*): of the run, which [`check_run`] compares.
     """
     folder = Path(checkpoint)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NOT_LISTED]
@@ -38,7 +40,7 @@ def write_manifest(checkpoint: str | Path):
         _flush(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     unfinished = folder / f"{MANIFEST}.tmp"
-    unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps({"files": sizes, "settings": settings or {}}, indent=2) + "\n", encoding="utf-8")
     _flush(unfinished)
     os.replace(unfinished, folder / MANIFEST)
     if os.name == "posix":  # elsewhere folders cannot be opened
@@ -67,9 +69,11 @@ def find_damage(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | Non
         if problem := _unreadable(path):
             return f"{path.relative_to(folder)} {problem}"
     if (folder / MANIFEST).is_file():
-        sizes = json.loads((folder / MANIFEST).read_bytes())["files"]
+        sizes = _read_manifest(folder).get("files")
         if sizes is None:
             return "it was not written to the end"
+        if not isinstance(sizes, dict) or not sizes:
+            return f"{MANIFEST} lists no files"
         for name, size in sizes.items():
             path = folder / name
             if not path.is_file():
@@ -80,11 +84,35 @@ def find_damage(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | Non
         if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
             return "the weights are missing"
         for index in folder.glob("*.index.json"):
-            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
+            shards = _read_object(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                return f"{index.name} names no weights"
+            for name in sorted(map(str, set(shards.values()))):
                 if not (folder / name).is_file():
                     return f"{name} is missing"
         needed = ["trainer_state.json", *needed]
     return next((f"{pattern} is missing" for pattern in needed if not any(folder.glob(pattern))), None)
+
+
+def check_run(checkpoint: str | Path, settings: dict):
+    """Compares the settings of a run with those of the one that wrote a checkpoint.
+
+    Args:
+        checkpoint (`str` or `Path`): a whole one.
+        settings (`dict`): of the run that is to go on from it, see `DurableTrainer.run_settings`.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    saved = _read_manifest(Path(checkpoint)).get("settings") or {}
+    different = [
+        f"{name} {saved[name]!r}, not {value!r}" for name, value in settings.items() if saved.get(name, value) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{checkpoint} is of a run with {', '.join(different)}. Resume with its settings, or start anew in "
+            "another output_dir."
+        )
 
 
 def last_whole_checkpoint(output_dir: str | Path, needed: Sequence[str] = ()) -> str | None:
@@ -147,10 +175,11 @@ class CheckpointWriter:
     Args:
         trainer ([`~transformers.Trainer`]).
         checkpoint (`str` or `Path`): the folder that it writes; it is empty when the block starts.
+        settings (`dict`): of the run, for the manifest.
     """
 
-    def __init__(self, trainer, checkpoint: str | Path):
-        self.trainer, self.folder = trainer, Path(checkpoint)
+    def __init__(self, trainer: Trainer, checkpoint: str | Path, settings: dict):
+        self.trainer, self.folder, self.settings = trainer, Path(checkpoint), settings
         self.limit, self.finished = trainer.args.save_total_limit, False
 
     def __enter__(self):
@@ -168,7 +197,7 @@ class CheckpointWriter:
         if not args.should_save:
             return
         torch.save(args, self.folder / TRAINING_ARGS_NAME)  # Trainer saved them without the limit
-        write_manifest(self.folder)
+        write_manifest(self.folder, self.settings)
         shutil.rmtree(_aside(self.folder), ignore_errors=True)
         if self.limit:
             for other in _checkpoints(self.folder.parent):
@@ -210,6 +239,16 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
     return [found[key] for key in sorted(found, reverse=True)]
 
 
+def _read_object(path: Path) -> dict:
+    """A JSON object; empty for other JSON, whose names are then missing."""
+    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_manifest(folder: Path) -> dict:
+    return _read_object(folder / MANIFEST)
+
+
 def _unreadable(path: Path) -> str | None:
     try:
         if path.suffix == ".safetensors":
@@ -219,7 +258,7 @@ def _unreadable(path: Path) -> str | None:
             json.loads(path.read_bytes())
         elif path.suffix in (".pt", ".pth", ".bin"):
             ZipFile(path).close()
-    except (OSError, ValueError, SafetensorError, BadZipFile) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError, BadZipFile) as error:
         return f"cannot be read ({error})"
     return None
 

@@ -1,26 +1,36 @@
 """What the engines that shard a model (accelerate's FSDP2, DeepSpeed ZeRO-3) ask of a trainer with two models."""
 
-from accelerate import DistributedType
+import torch
+from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import Embedding
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from .adapters import vision_modules
 
 
-def is_sharded(accelerator) -> bool:
+def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a forward of a layer gathers weights from all ranks, which then have to run equally many forwards."""
     plugin = accelerator.state.deepspeed_plugin
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
 
 
-def prepare_sharding(accelerator, student, args):
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def prepare_sharding(
+    accelerator: Accelerator, student: PreTrainedModel, *, keeps_teacher: bool, freeze_vision_tower: bool
+):
     """Keeps a frozen vision tower whole on each rank, where it encodes images outside the model's forward.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): before it prepares the model.
         student ([`ILVRModel`]).
-        args ([`ILVRTrainingConfig`]).
+        keeps_teacher (`bool`): whether a second, averaged set of weights has to be sharded, too.
+        freeze_vision_tower (`bool`).
 
     Raises:
         ValueError: for settings of an engine that cannot train this, with those that can.
@@ -29,13 +39,13 @@ def prepare_sharding(accelerator, student, args):
         raise ValueError("FSDP1 gathers weights in the root's forward only. Set fsdp_version: 2.")
     if not is_sharded(accelerator):
         return
-    if args.stage == 1 and not args.freeze_vision_tower:
+    if keeps_teacher and not freeze_vision_tower:
         raise ValueError(
             "Stage 1 encodes helper images outside the forward of a sharded model, with a vision tower that is whole "
             "on each rank. Set freeze_vision_tower=True, or train with DDP or ZeRO-2."
         )
     if not accelerator.is_fsdp2:
-        if args.stage == 1:
+        if keeps_teacher:
             raise ValueError(
                 "ZeRO-3 has no way to shard a second, averaged set of weights. Use FSDP2, which shards the teacher "
                 "like the student, or ZeRO-2 or DDP, where each rank has it whole; stage 2 runs with ZeRO-3."
@@ -51,12 +61,12 @@ def prepare_sharding(accelerator, student, args):
             "fsdp_cpu_ram_efficient_loading cannot leave modules unsharded, as the frozen vision tower is. Set it to "
             "false."
         )
-    if args.freeze_vision_tower:
+    if freeze_vision_tower:
         vision = [student.get_submodule(name).to(accelerator.device) for name in vision_modules(student)]
         plugin.ignored_modules = [*(plugin.ignored_modules or []), *vision]
 
 
-def gather_embeddings_once(model):
+def gather_embeddings_once(model: PreTrainedModel):
     """Keeps the embeddings gathered during a step: ranks look different numbers of tokens' embeddings up.
 
     A backbone looks up the placeholder's for each piece of a sequence that has an image.
@@ -67,6 +77,8 @@ def gather_embeddings_once(model):
 
 
 class ShardingCallback(TrainerCallback):
+    """Settles, once the engine has wrapped the model, what stays gathered during a step."""
+
     def __init__(self, trainer):
         self.trainer = trainer
 

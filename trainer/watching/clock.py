@@ -16,11 +16,11 @@ def peak_gpu_memory(device: torch.device) -> dict[str, float]:
 
 
 class StepClock(TrainerCallback):
-    """Time and tokens of optimizer steps. What lies between two steps (logging, drawing, evaluation, saving) does not
-    count; waiting for data and the update of the teacher do."""
+    """Time of optimizer steps. What lies between two steps (logging, drawing, evaluation, saving) does not count;
+    waiting for data and what other callbacks do at the end of a step do, so it is added after them."""
 
     def __init__(self):
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.started = 0.0, 0, 0.0
 
     def start(self):
         """Called when a step begins to fetch its batches, before any event."""
@@ -38,3 +38,11 @@ class StepClock(TrainerCallback):
         rates = {"step_time": self.seconds / self.steps, "tokens_per_second": tokens / self.seconds}
         self.seconds, self.steps = 0.0, 0
         return rates
+
+    def state_dict(self) -> dict[str, float]:
+        """Time and steps that no log has shown yet."""
+        return {"seconds": self.seconds, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, float]):
+        """Goes on from what [`state_dict`] gave."""
+        self.seconds, self.steps = state["seconds"], int(state["steps"])

@@ -37,9 +37,8 @@ def compare_latents(trainer, batch: dict) -> tuple[Selection | None, torch.Tenso
     device, was_training = trainer.accelerator.device, trainer.model.training
     trainer.model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
-        if trainer.args.freeze_vision_tower:
-            inputs = trainer._encode_user_images(inputs)
-        selection = trainer._select_targets(inputs, helper_inputs, assistant_mask)
+        inputs = trainer.encode_user_images(inputs)
+        selection = trainer.select_targets(inputs, helper_inputs, assistant_mask)
         targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
         outputs = trainer.student(
             **inputs, latent_values=targets, latent_mask=target_mask, logits_to_keep=1, use_cache=False

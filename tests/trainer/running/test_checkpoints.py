@@ -211,8 +211,8 @@ def test_killed_runs_equal_an_uninterrupted_one(start, uninterrupted, tmp_path, 
     assert start_run(start, tmp_path, None, adapter, settings) == 0
     reference = {name: value for name, value in settings.items() if name != "save_total_limit"}
     check_equal(tmp_path, uninterrupted(adapter, reference))
-    folders = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
-    assert folders == ["checkpoint-8"] if settings.get("save_total_limit") == 1 else ["checkpoint-6", "checkpoint-8"]
+    kept = ["checkpoint-8"] if settings.get("save_total_limit") == 1 else ["checkpoint-6", "checkpoint-8"]
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == kept
 
 
 @pytest.mark.slow
@@ -339,6 +339,22 @@ def test_other_damage(checkpoint):
     (checkpoint / MANIFEST).write_text("{")
     assert find_damage(checkpoint).startswith(f"{MANIFEST} cannot be read")
     assert find_damage(checkpoint.parent / "checkpoint-9") == "there is no such folder"
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "{}", '{"files": {}}', '{"files": ["a"]}', '{"files": 3}', "[" * 100_000, '{"files": null}']
+)
+def test_a_manifest_of_another_form_is_damage(checkpoint, manifest):
+    (checkpoint / MANIFEST).write_text(manifest)
+    assert find_damage(checkpoint)
+    assert last_whole_checkpoint(checkpoint.parent).endswith("checkpoint-2")
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+def test_an_index_without_weights_is_damage(checkpoint, index):
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    assert find_damage(checkpoint) == "model.safetensors.index.json names no weights"
 
 
 def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_named(checkpoint, monkeypatch):

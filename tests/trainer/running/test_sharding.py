@@ -198,13 +198,15 @@ def fake_accelerator(*, fsdp_version=None, zero_stage=None, cpu_ram_efficient_lo
     ],
 )
 def test_settings_that_cannot_train_stage_1_are_refused(model, settings, freeze, message):
-    args = SimpleNamespace(stage=1, freeze_vision_tower=freeze)
+    options = {"keeps_teacher": True, "freeze_vision_tower": freeze}
     with pytest.raises(ValueError, match=message):
-        prepare_sharding(fake_accelerator(**settings), model.model, args)
+        prepare_sharding(fake_accelerator(**settings), model.model, **options)
 
 
 def test_rows_of_tied_embeddings_under_fsdp2_are_refused(model):
     peft_config = complete_peft_config(LoraConfig(target_modules="all-linear"), model, freeze_vision=True)
     student = get_peft_model(model, peft_config).get_base_model()
     with pytest.raises(ValueError, match="tied embeddings .* with DDP"):
-        prepare_sharding(fake_accelerator(fsdp_version=2), student.model, SimpleNamespace(stage=2))
+        prepare_sharding(
+            fake_accelerator(fsdp_version=2), student.model, keeps_teacher=False, freeze_vision_tower=True
+        )

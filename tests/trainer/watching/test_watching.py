@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 import sqlite3
 import sys
@@ -27,7 +28,7 @@ from ilvr.trainer.watching.selection_pictures import (
     sheet,
     token_grid,
 )
-from ilvr.trainer.watching.step_log import sum_over_ranks
+from ilvr.trainer.watching.step_log import StepLog
 
 
 UNEQUAL = [make_sample(words, "Plan") for words in (["Up"] * 2, ["Up"] * 4, ["Up"] * 3, ["Left Down"])]
@@ -67,28 +68,41 @@ def test_nearest_candidate_by_hand():
     assert selection.nearest(latents).equal(nearest)
 
 
-def test_recorded_means_are_weighted_and_skip_nothings(model, processor, tmp_path):
+@pytest.mark.parametrize("training", [True, False])
+def test_recorded_means_are_weighted_and_skip_nothings(model, processor, tmp_path, training):
     trainer = make_trainer(model, processor, tmp_path, max_steps=1)
-    trainer._record(1, a=4.0)
-    trainer._record(3, a=torch.tensor(8.0), b=1.0)
-    trainer._record(torch.tensor(0), a=torch.tensor(torch.nan), c=torch.tensor(torch.nan))
-    mode = "train" if model.training else "eval"
-    assert sum_over_ranks(trainer._metrics[mode], trainer.accelerator) == {"a": (28, 4), "b": (3, 3), "c": (0, 0)}
+    model.train(training)
+    trainer.record(1, a=4.0)
+    trainer.record(3, a=torch.tensor(8.0), b=1.0)
+    trainer.record(torch.tensor(0), a=torch.tensor(torch.nan), c=torch.tensor(torch.nan))
+    trainer.record_tokens(5)
+    trainer.record_tokens(torch.tensor(6))
     trainer.log(logs := {})
-    prefix = "" if model.training else "eval_"
+    prefix = "" if training else "eval_"
     assert logs[f"{prefix}a"] == 7 and logs[f"{prefix}b"] == 1 and f"{prefix}c" not in logs
+    assert logs.get("num_tokens") == (11 if training else None)
+    trainer.log(again := {})
+    assert not again.keys() & {f"{prefix}a", f"{prefix}b"}
 
 
 def test_ranks_with_other_names_and_numbers_of_values(monkeypatch):
     class Accelerator:
         num_processes = 2
 
-    other = {"a": [10.0, 5.0], "only_there": [2.0, 1.0]}
+        device = torch.device("cpu")
+
+    other = {"sums": {"a": [10.0, 5.0], "only_there": [2.0, 1.0]}, "totals": {"tokens": 7.0}}
     monkeypatch.setattr("ilvr.trainer.watching.step_log.gather_object", lambda mine: [*mine, other])
-    here = {"a": [torch.tensor([4.0, 3.0])], "only_here": [torch.tensor([6.0, 3.0])]}
-    sums = sum_over_ranks(here, Accelerator())
-    assert sums == {"a": (14, 8), "only_here": (6, 3), "only_there": (2, 1)}
-    assert sum_over_ranks({}, Accelerator()) == {"a": (10, 5), "only_there": (2, 1)}  # this rank recorded nothing
+    log = StepLog(Accelerator())
+    log.add_means(2, a=1.0, only_here=3.0)
+    log.add_means(1, a=2.0)
+    log.add_totals(tokens=4)
+    resumed = StepLog(Accelerator())
+    resumed.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    for counted in (log, resumed):
+        means, totals = counted.read()
+        assert means == {"a": 14 / 8, "only_here": 3, "only_there": 2} and totals == {"tokens": 11}
+        assert counted.read() == ({"a": 2, "only_there": 2}, {"tokens": 7})  # this rank has counted nothing since
 
 
 def test_clock_counts_steps_and_not_what_lies_between(monkeypatch):
