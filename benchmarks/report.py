@@ -1,17 +1,17 @@
-"""From measurements to a table, a plot and fits."""
+"""From measurements to a page: what a user gains, a plot, and what is aimed at.
+
+python -m benchmarks.report    # writes the page again from docs/performance.json
+"""
 
 import json
 import statistics
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from .measure import ratio
 
-
-plt.switch_backend("Agg")
 
 BEGIN, END = "<!-- measured by make bench -->", "<!-- end of what was measured -->"
 CENTRE = {"spans": 4, "latents": 8, "batch": 1, "tokens": 607}
@@ -73,115 +73,63 @@ def outside_share(run) -> float:
     return 1 - sum(run["steps"]) / run["seconds"]
 
 
-def fit(xs, ys) -> tuple[float, float, float]:
-    """Fixed part, growth for each unit of x, and the largest error relative to the measured value."""
-    slope, fixed = np.polyfit(xs, ys, 1)
-    errors = np.abs(fixed + slope * np.array(xs) - ys) / np.array(ys)
-    return float(fixed), float(slope), float(errors.max())
+def gains(results) -> list[tuple[str, str]]:
+    """What a user gains, in words and a number."""
+    stage1, stage2 = (
+        next(r for r in varied(results["rows"], stage, "spans") if r["spans"] == CENTRE["spans"]) for stage in (1, 2)
+    )
+    one, two = (over(stage1, "reference", side) for side in ("ours", "cached"))
+    walk, parallel = (over(stage2, "reference", side) for side in ("ours", "parallel"))
+    generation = results["generation"][1]
+    step = ratio(generation["ours"]["seconds_a_step"], generation["backbone"]["seconds_a_step"])
+    return [
+        ("a step of stage 1 beside the published one", f"{one:.1f} times as fast, {two:.1f} with `cache_images`"),
+        ("a step of stage 2 beside the published one", f"{walk:.0f} times as fast, {parallel:.0f} in parallel"),
+        ("a token of `generate` beside the plain backbone's", f"{step:.2f} of its time"),
+    ]
 
 
 def tables(results) -> str:
-    rows, machine = results["rows"], results["machine"]
-    lines = [
-        BEGIN,
+    machine = results["machine"]
+    lines = [BEGIN, "| what you gain | |", "|---|---|"]
+    lines += [f"| {what} | **{gain}** |" for what, gain in gains(results)]
+    lines += [
+        "",
         f"`{machine['command']}`, commit {machine['commit']}, {machine['date']}, {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, fp32, {machine['minutes']:.0f} minutes, "
-        f"load {machine['load']:.1f}.",
+        f"load {machine['load']:.1f}; S = {CENTRE['spans']}, K = {CENTRE['latents']}, batch {CENTRE['batch']}, "
+        f"{CENTRE['tokens']} tokens. All points of the grid are in [performance.json](performance.json).",
         "",
-        "| bar | asked | measured | met |",
+        "![Left: how many times as fast as the published step, over the number of spans. Right: time of a step over "
+        "its floor, over the batch.](performance.png)",
+        "",
+        "| what we aim at | aim | measured | reached |",
         "|---|---|---|---|",
     ]
     for what, asked, measured, met in bars(results):
         lines.append(f"| {what} | {asked} | {measured:.3g} | {'yes' if met else '**no**'} |")
-    lines += [
-        "",
-        "| step | S | K | batch | T | seconds | over the floor | published / this | memory, MB | over the floor's |",
-        "|" + "---|" * 10,
-    ]
-    for row in sorted(rows, key=lambda r: r["stage"]):
-        lines += table_rows(row)
-    lines += ["", "| also | value |", "|---|---|"]
-    for name, run in results["runs"].items():
-        first, rest = run["steps"][0], statistics.median(run["steps"][1:])
-        lines.append(
-            f"| {name}: first step of a run, median of the others, share outside the steps | {first:.2f} s, "
-            f"{rest:.2f} s, {outside_share(run):.1%} |"
-        )
-    parallel = {b: ratio(g["parallel"]["seconds"], g["ours"]["seconds"]) for b, g in results["generation"].items()}
-    lines.append(
-        "| generation, the latents of a span at once, over one after the other: batch 1, batch 8 | "
-        f"{parallel[1]:.2f}, {parallel[8]:.2f} |"
-    )
-    lines += [f"| `{name}` | {seconds:.1f} s |" for name, seconds in results["imports"].items()]
-    for stage in (1, 2):
-        compared = [row["times"] for row in rows if row["stage"] == stage and "reference" in row["times"]]
-        gaps = [abs(times["ours"]["values"][0] / times["reference"]["values"][0] - 1) for times in compared]
-        lines.append(
-            f"| stage {stage}: largest relative difference of the losses, ours and published | {max(gaps):.0e} |"
-        )
-    ceilings = results["ceilings"]
-    lines.append(
-        f"| matrix product, matrix-vector product | {ceilings['flops'] / 1e9:.0f} GFLOP/s, "
-        f"{ceilings['bytes'] / 1e9:.0f} GB/s |"
-    )
-    lines += ["", "| a step of ours against | fixed | for each | largest error |", "|---|---|---|---|"]
-    for stage in (1, 2):
-        for factor, name in FACTORS.items():
-            points = varied(rows, stage, factor)
-            if len(points) > 2:
-                xs, ys = (
-                    [p[factor] for p in points],
-                    [statistics.median(p["times"]["ours"]["seconds"]) for p in points],
-                )
-                fixed, slope, error = fit(xs, ys)
-                lines.append(f"| stage {stage}: {name} | {fixed:.2f} s | {slope * 1e3:.3g} ms | {error:.0%} |")
-                fixed, slope, error = fit(xs, [p["memory"]["ours"] / 1e6 for p in points])
-                lines.append(f"| stage {stage}, memory: {name} | {fixed:.0f} MB | {slope:.3g} MB | {error:.0%} |")
-    return "\n".join([*lines, "", "![measured](performance.png)", "", END])
+    return "\n".join([*lines, "", END])
 
 
-SIDES = {"ours": "ours", "cached": "ours, images cached", "parallel": "ours, in parallel", "floor": "floor"}
-
-
-def table_rows(row) -> list[str]:
-    """A line for each of our variants, and one for the floor."""
-    work = " | ".join(str(row[name]) for name in FACTORS)
-    lines = []
-    for side, name in SIDES.items():
-        if side in row["times"]:
-            seconds, gain = statistics.median(row["times"][side]["seconds"]), over(row, "reference", side)
-            lines.append(
-                f"| {row['stage']}, {name} | {work} | {seconds:.2f} | {over(row, side, 'floor'):.2f} | "
-                f"{'' if gain is None else f'{gain:.1f}'} | {row['memory'][side] / 1e6:.0f} | "
-                f"{row['memory'][side] / row['memory']['floor']:.2f} |"
-            )
-    return lines
+CURVES = ((1, "ours", "stage 1"), (2, "ours", "stage 2"), (2, "parallel", "stage 2 in parallel"))
 
 
 def plot(rows, path: Path):
-    figure, axes = plt.subplots(3, 4, figsize=(15, 9), sharex="col", layout="constrained")
-    curves = ((1, "ours", "stage 1"), (2, "ours", "stage 2"), (2, "parallel", "stage 2 in parallel"))
-    for column, (factor, name) in enumerate(FACTORS.items()):
-        for color, (stage, side, label) in enumerate(curves):
-            points = varied(rows, stage, factor)
-            xs, style = [p[factor] for p in points], {"marker": "o", "c": f"C{color}", "label": label}
-            gains = [(p[factor], over(p, "reference", side)) for p in points if "reference" in p["times"]]
-            if len(gains) > 1:
-                axes[0, column].plot(*zip(*gains), **style)
-            axes[1, column].plot(xs, [over(p, side, "floor") for p in points], **style)
-            axes[2, column].plot(xs, [statistics.median(p["times"][side]["seconds"]) for p in points], **style)
-            memory = [p["memory"][side] / p["memory"]["floor"] for p in points]
-            axes[1, column].plot(xs, memory, ls=":", marker="s", c=f"C{color}", label=f"{label}, memory")
-        axes[0, column].set_yscale("log")
-        axes[0, column].set_visible(axes[0, column].has_data())
-        for ticks in ("set_major_formatter", "set_minor_formatter"):
-            getattr(axes[0, column].yaxis, ticks)(StrMethodFormatter("{x:g}"))
-        axes[2, column].set_xlabel(name)
-    for axis, title in zip(axes[:, 0], ("published / ours", "ours / floor", "seconds a step")):
-        axis.set_ylabel(title)
-        axis.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    gained, beside_floor = figure.subplots(1, 2)
+    for stage, side, label in CURVES:
+        points = [p for p in varied(rows, stage, "spans") if "reference" in p["times"]]
+        gained.plot([p["spans"] for p in points], [over(p, "reference", side) for p in points], "o-", label=label)
+        points = varied(rows, stage, "batch")
+        beside_floor.plot([p["batch"] for p in points], [over(p, side, "floor") for p in points], "o-", label=label)
+    gained.set(yscale="log", xlabel="spans S", ylabel="times as fast as the published step")
+    gained.set_yticks([1, 2, 5, 10, 20, 50], minor=False)
+    gained.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    gained.yaxis.set_minor_formatter(NullFormatter())
+    beside_floor.axhline(1, color="grey", linewidth=0.8)
+    beside_floor.set(xlabel="batch", ylabel="time over the floor's", ylim=(0, None))
+    gained.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def save(results: dict, folder: Path):
@@ -199,3 +147,9 @@ def write(results: dict, folder: Path):
     page.write_text(before + measured + after)
     plot(results["rows"], folder / "performance.png")
     print(measured)
+
+
+if __name__ == "__main__":
+    measured = json.loads(Path("docs/performance.json").read_text())
+    measured["generation"] = {int(batch): times for batch, times in measured["generation"].items()}
+    write(measured, Path("docs"))

@@ -122,6 +122,7 @@ def page(results: dict) -> str:
             f"{batch * two['published'] / speed / (compute + reads):.0f} | {parallel:.2f} | {parallel / compute:.2f} |"
         )
     sharded = (2 + 2 + 12) * TRAINED / 8 + 2 * (PARAMETERS - TRAINED)
+    teacher = 4 * (TRAINED - LARGE.head) / 8  # its hidden states are read, not its words
     cuts = LARGE.layers * 2 * LARGE.key_value * 2 * T * S * K / 2
     lines += [
         "",
@@ -135,7 +136,8 @@ def page(results: dict) -> str:
         "| bytes on each of 8 GPUs | GB |",
         "|---|---|",
         f"| bf16 weights and gradients, fp32 master weights and Adam, sharded over 8 | {sharded / 1e9:.0f} |",
-        f"| stage 1's teacher, an fp32 copy on each process | {4 * TRAINED / 1e9:.0f} |",
+        f"| stage 1's teacher, fp32, sharded over 8 (FSDP2; whole on each process with DDP: {8 * teacher / 1e9:.0f}) "
+        f"| {teacher / 1e9:.1f} |",
         f"| activations of a sample without checkpointing, {T} tokens (34 bytes a token, layer and width) | "
         f"{34 * LARGE.layers * LARGE.hidden * T / 1e9:.1f} |",
         f"| keys and values of a sample in the walk, one copy | {LARGE.layers * 4 * LARGE.key_value * T / 1e9:.2f} |",

@@ -66,6 +66,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
     ```
     """
 
+    args: ILVRTrainingConfig
     _tag_names = ["trl", "ilvr"]
     _name = "ILVR"
 

@@ -33,6 +33,20 @@ class SpanSelection(NamedTuple):
     mass: torch.Tensor
 
 
+class Queries(NamedTuple):
+    """What the teacher asks of the helper images.
+
+    Args:
+        whole (`torch.Tensor` of shape `(B, D)`): u, see [`global_query`].
+        text (`torch.Tensor` of shape `(B, S, D)`): mean states of the words before each span.
+        has_text (`torch.BoolTensor` of shape `(B, S)`): whether there are such words.
+    """
+
+    whole: torch.Tensor
+    text: torch.Tensor
+    has_text: torch.Tensor
+
+
 @dataclass
 class SelectionInputs:
     """What a selector may look at.
@@ -42,13 +56,9 @@ class SelectionInputs:
         candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`): which candidates exist.
         max_selected (`int`): K.
         top_p (`float`), temperature (`float`): of [`top_p_selection`].
-        global_query (`torch.Tensor` of shape `(B, D)`, *optional*): u, see [`global_query`].
-        text_queries (`torch.Tensor` of shape `(B, S, D)`, *optional*): mean states of the words before each span.
-        has_text (`torch.BoolTensor` of shape `(B, S)`, *optional*): whether there are such words.
+        queries ([`Queries`], *optional*): for selectors that read the teacher, see [`Selector`].
         encode_user_pictures (`Callable`, *optional*): gives the candidates (B, N, D) of each row's last user image
             and their mask (B, N); called only if a selector asks for them.
-
-    The queries are there for selectors that read the teacher, see [`Selector`].
     """
 
     candidates: torch.Tensor
@@ -56,13 +66,12 @@ class SelectionInputs:
     max_selected: int
     top_p: float = 0.9
     temperature: float = 0.05
-    global_query: torch.Tensor | None = None
-    text_queries: torch.Tensor | None = None
-    has_text: torch.Tensor | None = None
+    queries: Queries | None = None
     encode_user_pictures: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @cached_property
     def _user_pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.encode_user_pictures is not None
         return self.encode_user_pictures()
 
     def picture_before(self, span: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,13 +244,14 @@ def select_by_query(inputs: SelectionInputs, span: int, previous: SpanSelection 
     `top_p` of the probability are kept, at most K.
     """
     candidates, candidate_mask = inputs.candidates[:, span], inputs.candidate_mask[:, span]
-    has_text = inputs.has_text[:, span]
+    assert inputs.queries is not None  # the selector reads the teacher
+    whole, text, has_text = inputs.queries.whole, inputs.queries.text[:, span], inputs.queries.has_text[:, span]
     if previous is None:
-        before, has_before = torch.zeros_like(inputs.global_query), torch.zeros_like(has_text)
+        before, has_before = torch.zeros_like(whole), torch.zeros_like(has_text)
     else:
         before, has_before = masked_mean(previous.targets, previous.mask), previous.mask.any(1)
     weights = torch.stack([torch.ones_like(has_before), has_text, has_before], 1).to(candidates.dtype)  # (B, 3)
-    parts = torch.stack([inputs.global_query, inputs.text_queries[:, span], before], 1)  # (B, 3, D)
+    parts = torch.stack([whole, text, before], 1)  # (B, 3, D)
     query = (parts * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)  # (B, D)
     scores = torch.cosine_similarity(candidates, query.unsqueeze(1), dim=-1)  # (B, N)
     indices, mask, mass = top_p_selection(

@@ -14,6 +14,7 @@ from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.image_features import flatten_features, image_outputs
 from .selection import (
     SELECTORS,
+    Queries,
     Selection,
     SelectionInputs,
     SpanSelection,
@@ -84,8 +85,8 @@ class TargetSelector:
             max_selected=self.config.latent_size,
             top_p=self.args.selection_top_p,
             temperature=self.args.selection_temperature,
+            queries=self._queries(inputs, assistant_mask, num_spans) if self.selector.reads_teacher else None,
             encode_user_pictures=partial(self._user_pictures, inputs, image_lengths, images_per_row),
-            **(self._queries(inputs, assistant_mask, num_spans) if self.selector.reads_teacher else {}),
         )
         spans: list[SpanSelection] = []
         for span in range(num_spans):
@@ -110,18 +111,18 @@ class TargetSelector:
         candidates, mask = pad_candidates(groups, (images_per_row > 0).long())  # (B, 1, N, D)
         return candidates[:, 0], mask[:, 0]
 
-    def _queries(self, inputs: dict, assistant_mask: torch.Tensor, num_spans: int) -> dict[str, torch.Tensor]:
+    def _queries(self, inputs: dict, assistant_mask: torch.Tensor, num_spans: int) -> Queries:
         input_ids, config = inputs["input_ids"], self.config
         hidden = self._teacher_states(inputs, num_spans)
         is_image = input_ids == config.image_token_id
         prompt = inputs["attention_mask"].bool() & ~assistant_mask & (assistant_mask.cumsum(1) == 0)
         latent_ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
         text_masks = span_text_masks(input_ids, assistant_mask, latent_ids, num_spans)
-        return {
-            "global_query": global_query(hidden, prompt & ~is_image, prompt & is_image),
-            "text_queries": masked_mean(hidden.unsqueeze(1), text_masks),
-            "has_text": text_masks.any(-1),
-        }
+        return Queries(
+            whole=global_query(hidden, prompt & ~is_image, prompt & is_image),
+            text=masked_mean(hidden.unsqueeze(1), text_masks),
+            has_text=text_masks.any(-1),
+        )
 
     def _teacher_states(self, inputs: dict, num_spans: int) -> torch.Tensor:
         """The teacher's last-layer hidden states (B, T, D), fp32; latent positions keep the embedding of the pad."""

@@ -7,6 +7,7 @@ import torch
 
 from ilvr.trainer.selection import (
     SELECTORS,
+    Queries,
     SelectionInputs,
     global_query,
     group_candidates,
@@ -94,13 +95,10 @@ def select(method, candidates, exists, max_selected, **options):
 def test_queries_chain_through_the_spans():
     """Span 0 asks for (1, 0) and gets it; span 1 has no words, so u and that feature make its query."""
     candidates = torch.eye(2).expand(1, 2, 2, 2)
-    queries = {
-        "global_query": torch.tensor([[0.0, 0.4]]),
-        "text_queries": torch.tensor([[[1.0, 0.0], [0.0, 50.0]]]),
-        "has_text": torch.tensor([[True, False]]),
-    }
+    words = torch.tensor([[[1.0, 0.0], [0.0, 50.0]]])
+    queries = Queries(torch.tensor([[0.0, 0.4]]), words, torch.tensor([[True, False]]))
     exists = torch.ones(1, 2, 2, **ALL)
-    targets, mask, indices, mass = select("query_top_p", candidates, exists, 1, temperature=1.0, **queries)
+    targets, mask, indices, mass = select("query_top_p", candidates, exists, 1, temperature=1.0, queries=queries)
     # q_0 = ((0, .4) + (1, 0)) / 2 = (.5, .2); q_1 = ((0, .4) + (1, 0)) / 2: the words of span 1 are not there.
     assert indices.flatten().tolist() == [0, 0] and mask.all()
     assert targets[0, :, 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
@@ -111,9 +109,8 @@ def test_queries_chain_through_the_spans():
 def test_a_missing_span_selects_nothing_and_is_no_previous_one():
     candidates = torch.eye(2).expand(1, 2, 2, 2)
     exists = torch.tensor([[[False, False], [True, True]]])
-    queries = {"global_query": torch.tensor([[0.0, 1.0]]), "text_queries": torch.zeros(1, 2, 2)}
-    queries["has_text"] = torch.zeros(1, 2, **ALL)
-    _, mask, indices, _ = select("query_top_p", candidates, exists, 1, temperature=1.0, **queries)
+    queries = Queries(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2, 2), torch.zeros(1, 2, **ALL))
+    _, mask, indices, _ = select("query_top_p", candidates, exists, 1, temperature=1.0, queries=queries)
     assert mask.flatten().tolist() == [False, True] and indices[0, 1, 0] == 1
 
 

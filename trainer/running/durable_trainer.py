@@ -2,17 +2,19 @@
 
 import json
 import os
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ilvr.hub_cards import ILVRModelCard
 
+from ..ilvr_training_config import ILVRTrainingConfig
 from ..watching.clock import StepClock, peak_gpu_memory
 from ..watching.step_log import StepLog
 from .adapters import ilvr_model
@@ -25,7 +27,11 @@ logger = logging.get_logger(__name__)
 LOCK = "_run.lock"  # names that begin so are not pushed
 
 
-class DurableTrainer:
+# To a type checker the mixin is a Trainer; at run time it comes before the one that it is mixed into.
+_Trainer = Trainer if TYPE_CHECKING else object
+
+
+class DurableTrainer(_Trainer):
     """
     A mixin over any [`~transformers.Trainer`] of an ILVR model: `class ILVRTrainer(DurableTrainer, SFTTrainer)`.
 
@@ -35,7 +41,9 @@ class DurableTrainer:
     Its `args` say by `freeze_vision_tower` whether the tower is trained.
     """
 
-    keeps_teacher = False  # whether a second set of weights is averaged beside the trained ones
+    args: ILVRTrainingConfig
+    model: PreTrainedModel
+    keeps_teacher: bool = False  # whether a second set of weights is averaged beside the trained ones
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -134,7 +142,7 @@ class DurableTrainer:
                 raise
 
     @contextmanager
-    def _own_folder(self):
+    def _own_folder(self) -> Generator[None]:
         """Two runs that save to one folder would mix their checkpoints."""
         saves = self.args.should_save and self.args.save_strategy != "no"
         if saves:
