@@ -12,7 +12,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 from transformers.generation import LogitsProcessorList
 
-from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig, SelectionDrawingCallback
 
 
 LATENT_SIZE = 3
@@ -167,6 +167,36 @@ def generate(model, inputs, steps=STEPS, **kwargs):
     start_spans = StartSpansAt(model.config.latent_start_token_id, inputs["input_ids"].shape[1], steps)
     kwargs = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs}
     return model.generate(**inputs, logits_processor=LogitsProcessorList([start_spans]), **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------ watching
+
+PARTS = {"loss", "ce_loss", "entropy", "mean_token_accuracy", "spans_per_sample", "num_tokens", "grad_norm"}
+SPEED = {"step_time", "tokens_per_second"}
+ALIGNMENT = {"alignment_loss", "latent_cosine", "teacher_distance", "target_similarity"}
+SELECTION = {"selected_per_span", "selected_mass", "selected_1", "selected_2", "selected_3"}
+
+
+def outlined(image: PILImage.Image, grid, color) -> list[int]:
+    """Numbers, in raster order, of the cells with a frame all around."""
+    rows, columns = grid
+    height, width = image.height / rows, image.width / columns
+    found = []
+    for cell in range(rows * columns):
+        left, top = cell % columns * width, cell // columns * height
+        x, y = left + width / 2, top + height / 2
+        points = [(x, top + 1), (x, top + height - 2), (left + 1, y), (left + width - 2, y)]
+        if all(image.getpixel((int(a), int(b))) == color for a, b in points):
+            found.append(cell)
+    return found
+
+
+def run_with_pictures(model, processor, folder, every=2, **settings):
+    trainer = make_trainer(model, processor, folder, **settings)
+    if every:
+        trainer.add_callback(SelectionDrawingCallback(trainer, make_dataset(SAMPLES[1:3]), every=every))
+    trainer.train()
+    return trainer
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -8,6 +8,7 @@ import torch
 from ilvr.trainer.selection import (
     SELECTORS,
     Queries,
+    Selection,
     SelectionInputs,
     global_query,
     group_candidates,
@@ -135,3 +136,30 @@ def test_baselines_of_pictures_of_unequal_size():
     pooled, mask, _, mass = select("mean_pool", candidates, exists, 3)
     assert mask.tolist() == [[[True, True, False]], [[True] * 3]] and mass.flatten().tolist() == [1.0, 0.5]
     assert pooled.flatten().tolist() == [0.0, 1.0, 0.0, 0.5, 2.5, 4.5]
+
+
+def make_selection() -> Selection:
+    """Spans with K* = 2 and 1 in the first sample, K* = 2 in the second, whose second span does not exist."""
+    candidates = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]]).expand(2, 2, 3, 2)
+    candidate_mask = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[1, 1, 1], [0, 0, 0]]], dtype=torch.bool)
+    mask = torch.tensor([[[1, 1], [1, 0]], [[1, 1], [0, 0]]], dtype=torch.bool)
+    indices = torch.tensor([[[2, 0], [1, 0]], [[0, 1], [0, 0]]])
+    targets = candidates.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, 2)) * mask.unsqueeze(-1)
+    mass = torch.tensor([[0.5, 0.9], [1.0, 0.0]])
+    return Selection(targets, mask, indices, mass, candidates, candidate_mask)
+
+
+def test_statistics_of_a_selection_by_hand():
+    found = {name: value.item() for name, value in make_selection().statistics().items()}
+    expected = {"selected_per_span": 5 / 3, "selected_mass": 0.8, "selected_1": 1 / 3, "selected_2": 2 / 3}
+    assert found == pytest.approx(expected)
+
+
+def test_nearest_candidate_by_hand():
+    """By cosine: neither a longer candidate nor one that does not exist wins."""
+    latents = torch.tensor([[[3.0, 1.0], [-9.0, 1.0]]]).expand(2, 2, 2, 2)
+    selection = make_selection()
+    nearest = selection.nearest(latents)
+    assert nearest[0].tolist() == [[0, 2], [0, 1]] and nearest[1, 0].tolist() == [0, 2]
+    selection.candidates = selection.candidates * torch.tensor([1.0, 9.0, 1.0]).view(3, 1)
+    assert selection.nearest(latents).equal(nearest)

@@ -1,0 +1,67 @@
+"""The config: every field has an effect, and the default that its docstring says."""
+
+import copy
+import dataclasses
+import re
+
+import pytest
+from helpers import (
+    make_trainer,
+)
+from trl import SFTConfig
+
+from ilvr.trainer import ILVRTrainingConfig
+
+
+def added_fields(config_class) -> set[str]:
+    inherited = {field.name for field in dataclasses.fields(SFTConfig)}
+    return {field.name for field in dataclasses.fields(config_class)} - inherited
+
+
+# A value of each field of ours that must change what a run of two steps logs; `cache_images` changes the data instead.
+VARIED = {
+    "stage": 2,
+    "freeze_vision_tower": False,
+    "teacher_decay": 0.5,
+    "selection_method": "uniform",
+    "selection_top_p": 0.3,
+    "selection_temperature": 5.0,
+    "max_candidates": 2,
+    "ce_weight": 0.5,
+    "alignment_weight": 2.0,
+    "alignment_noise": 1.0,
+    "jacobi_iterations": 2,
+    "jacobi_gradient_iterations": 1,
+}
+NEEDS = {"jacobi_iterations": {"stage": 2}, "jacobi_gradient_iterations": {"stage": 2, "jacobi_iterations": 2}}
+
+
+def log_of(model, processor, folder, **settings) -> list[dict]:
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "selection_temperature": 0.3, **settings}
+    trainer = make_trainer(copy.deepcopy(model), processor, folder, **settings)
+    trainer.train()
+    times = {"step_time", "tokens_per_second", "epoch"}
+    return [{name: line[name] for name in line.keys() - times} for line in trainer.state.log_history[:2]]
+
+
+@pytest.mark.parametrize("field", VARIED)
+def test_every_field_of_the_config_has_an_effect(model, processor, tmp_path, field):
+    plain = log_of(model, processor, tmp_path, **NEEDS.get(field, {}))
+    assert log_of(model, processor, tmp_path, **NEEDS.get(field, {}), **{field: VARIED[field]}) != plain
+    assert log_of(model, processor, tmp_path, **NEEDS.get(field, {})) == plain  # the control
+
+
+def test_the_list_of_fields_is_complete():
+    assert added_fields(ILVRTrainingConfig) == VARIED.keys() | {"cache_images"}
+
+
+def test_defaults_in_the_docstring_are_the_defaults():
+    defaults = {field.name: field.default for field in dataclasses.fields(ILVRTrainingConfig)}
+    documented = re.findall(r"(\w+) \(`[^)]*\*optional\*, defaults to `?([^`)]+)`?\)", ILVRTrainingConfig.__doc__)
+    assert {name for name, _ in documented} == added_fields(ILVRTrainingConfig)
+    note = ILVRTrainingConfig.__doc__.split("[!NOTE]")[1].replace("\n    >", "")
+    documented += re.findall(r"`(\w+)` `?(True|False|None|\d[\d.e-]*)", note.split(": ", 1)[1])
+    assert {"learning_rate", "max_length", "remove_unused_columns"} <= {name for name, _ in documented}
+    for name, value in documented:
+        found = defaults[name]
+        assert value.strip('"') == str(found) or float(value) == found, name
