@@ -3,15 +3,19 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= examples/recipes/frozen_lake_small.yaml
+ROOMS := $(shell find modeling_ilvr trainer data tasks evaluation hub_cards commands -type d -not -name '__pycache__')
 
 .PHONY: help train test bench quality style
 
 help:  ## What there is to make
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-$(BIN)/.installed: setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+# Strict: a tree of links that editors and type checkers follow from `ilvr.trainer` to `trainer/`. A file that is added
+# or removed changes its folder, and the tree is made again.
+$(BIN)/.installed: setup.py pyproject.toml constraints.txt $(ROOMS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--config-settings editable_mode=strict -e '.[dev]'
 	touch $@
 
 train: $(BIN)/.installed  ## Train, evaluate, save and reload the small FrozenLake model (20 minutes on 2 cores)
@@ -23,9 +27,10 @@ test: $(BIN)/.installed  ## Run the tests, offline
 bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (14 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.run
 
-quality: $(BIN)/.installed  ## Check style
+quality: $(BIN)/.installed  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check
 
 style: $(BIN)/.installed  ## Correct style
 	$(BIN)/ruff check --fix .
