@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.evaluation import generate_answers, load_metric
 from ilvr.tasks.frozen_lake import frozen_lake_dataset
-from ilvr.trainer.inputs.data_collator import LatentDataCollator, split_batch
+from ilvr.trainer.inputs.data_collator import LatentBatch, LatentDataCollator
 from ilvr.trainer.inputs.data_preparation import prepare_dataset
 
 
@@ -71,8 +71,9 @@ def main():
 @torch.no_grad()
 def forced_table(model, processor, dataset) -> str:
     """Error of latents, logits and predictions after n iterations, over traces that are given."""
-    prepared = prepare_dataset(dataset, processor, stage=2, max_length=None, keep_pixels=torch.float32)
-    inputs, _, _, labels = split_batch(LatentDataCollator(processor)([*prepared]))
+    prepared = prepare_dataset(dataset, processor, stage=2)
+    batch = LatentBatch.of(LatentDataCollator(processor, helper_images=False)([*prepared]))
+    inputs, labels = batch.inputs, batch.shift_labels
     counted = labels != -100
 
     def cells(outputs):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from .conversations import SampleError
 from .images import image_size, locate_image, open_image
 from .sources import check_format, convert, find_image_root, is_row_file, iterate_rows
+from .token_counts import SizeTokenizer, count_tokens
 
 
 @dataclass
@@ -115,6 +116,7 @@ def check_dataset(
         raise ValueError(f"max_length={max_length} is in tokens, and needs a processor that counts them.")
     image_root, format = find_image_root(path, image_root), check_format(format)
     report, counts = DatasetReport(path), _Counts()
+    tokenizer = None if processor is None else SizeTokenizer(processor)
     is_file = is_row_file(path)
     total, unit = (Path(path).stat().st_size, "B") if is_file else (None, " samples")
     with tqdm(total=total, unit=unit, unit_scale=is_file, desc=Path(path).name, disable=not show_progress) as bar:
@@ -124,7 +126,7 @@ def check_dataset(
             locate = partial(_locate_and_measure, image_root=image_root, decode=decode_images, sizes=sizes)
             try:
                 sample, name = convert(row, locate, format)
-                num_tokens = None if processor is None else count_tokens(sample["messages"], sizes, processor)
+                num_tokens = None if tokenizer is None else count_tokens(sample["messages"], sizes, tokenizer)
                 if max_length is not None and num_tokens > max_length:
                     raise SampleError(
                         "sample",
@@ -137,24 +139,6 @@ def check_dataset(
             bar.update(progress)
     counts.write(report)
     return report
-
-
-def count_tokens(messages: list[dict], image_sizes: list[tuple[int, int]], processor) -> int:
-    """Length of a sample in tokens, as the trainer counts it, from the sizes of its images alone.
-
-    Args:
-        messages (`list[dict]`): a conversation.
-        image_sizes (`list[tuple[int, int]]`): (width, height) of all its images, in order.
-        processor ([`~ilvr.ILVRProcessor`]).
-    """
-    roles = [m["role"] for m in messages for part in m["content"] if part["type"] == "image"]
-    seen = [(height, width) for role, (width, height) in zip(roles, image_sizes) if role != "assistant"]
-    text = processor.apply_chat_template(messages, tokenize=False)
-    num_tokens = len(processor.tokenizer(text).input_ids)
-    if seen:
-        # In the text, one placeholder stands for all tokens of an image.
-        num_tokens += sum(processor._get_num_multimodal_tokens(image_sizes=seen).num_image_tokens) - len(seen)
-    return num_tokens
 
 
 def _locate_and_measure(value, name: str, image_root: Path | None, decode: bool, sizes: list) -> dict:

@@ -77,7 +77,7 @@ def make_dataset(samples=SAMPLES) -> Dataset:
     return Dataset.from_list(samples).cast_column("images", List(Image()))
 
 
-def make_trainer(model, processor, folder, samples=SAMPLES, callbacks=None, peft_config=None, **kwargs):
+def make_trainer(model, processor, folder, samples=SAMPLES, dataset=None, callbacks=None, peft_config=None, **kwargs):
     settings = {
         "stage": 1,
         "max_steps": 4,
@@ -100,7 +100,7 @@ def make_trainer(model, processor, folder, samples=SAMPLES, callbacks=None, peft
     return ILVRTrainer(
         model,
         args,
-        train_dataset=make_dataset(samples),
+        train_dataset=make_dataset(samples) if dataset is None else dataset,
         processing_class=processor,
         callbacks=callbacks,
         peft_config=peft_config,

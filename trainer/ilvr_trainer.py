@@ -3,6 +3,8 @@
 Shapes: B batch, T sequence, S spans, K latents a span, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,12 @@ from ilvr import ILVRProcessor
 from ilvr.latent_rollout import chunk_bounds
 
 from .ilvr_training_config import ILVRTrainingConfig
-from .inputs.data_collator import LatentDataCollator, split_batch
-from .inputs.data_preparation import PREPARED_COLUMNS, merge_images, prepare_dataset
-from .inputs.image_features import cache_features, image_outputs, without_pixels
+from .inputs.data_collator import LatentBatch, LatentDataCollator
+from .inputs.data_preparation import PREPARED_COLUMNS, prepare_dataset
+from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, mean_pairwise_cosine, token_loss, token_statistics
-from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model
+from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
 from .running.checks import check_agreement, check_batch_size
 from .running.durable_trainer import DurableTrainer
 from .running.sharding import is_sharded
@@ -98,19 +100,15 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
-        keep_pixels = (torch.bfloat16 if args.bf16 else torch.float32) if args.cache_images else None
         preparation = {
             "processor": processing_class,
             "stage": args.stage,
             "max_length": args.max_length,
-            "keep_pixels": keep_pixels,
             "num_proc": args.dataset_num_proc,
         }
-        train_dataset = prepare_dataset(train_dataset, **preparation)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {k: prepare_dataset(d, **preparation, name=k) for k, d in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = prepare_dataset(eval_dataset, **preparation, name="eval")
+        with args.main_process_first(desc="preparation"):
+            train_dataset = prepare_dataset(train_dataset, **preparation)
+            eval_dataset = _each(eval_dataset, partial(prepare_dataset, **preparation))
 
         self.keeps_teacher = args.stage == 1
         own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)] if self.keeps_teacher else []
@@ -120,19 +118,18 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=kwargs.pop("data_collator", LatentDataCollator(processing_class, args.pad_to_multiple_of)),
+            data_collator=kwargs.pop("data_collator", None)
+            or LatentDataCollator(processing_class, args.pad_to_multiple_of, helper_images=self.keeps_teacher),
             callbacks=[*(callbacks or []), *own],
             peft_config=peft_config,
             **kwargs,
         )
         self.teacher = MomentumTeacher(self.student.model, args.teacher_decay) if self.keeps_teacher else None
         self.select_targets = self._target_selector() if self.keeps_teacher else None
-        if args.cache_images and args.freeze_vision_tower:
-            self.train_dataset = self._cache_features(self.train_dataset)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {k: self._cache_features(d) for k, d in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._cache_features(self.eval_dataset)
+        if args.cache_images:
+            with args.main_process_first(desc="encoding images"):
+                self.train_dataset = self._cache_images(self.train_dataset)
+                self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._cache_images(dataset))
 
     def _target_selector(self) -> TargetSelector:
         return TargetSelector(
@@ -163,20 +160,21 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        inputs, helper_inputs, assistant_mask, shift_labels = split_batch(inputs)
+        batch = LatentBatch.of(inputs)
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
-        inputs = self.encode_user_images(inputs)
+        batch.inputs = inputs = self.encode_user_images(batch.inputs)
         selection = None
         if self.select_targets is not None:
             with self.accelerator.autocast():
                 # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
-                selection = self.select_targets(inputs, helper_inputs, assistant_mask)
+                selection = self.select_targets(batch)
         targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
 
         # 4. The student, with the targets in the latent positions (stage 1) or its own latents (stage 2).
         # Logits only where some row has a label, unless the caller asked for them.
-        wanted = torch.ones_like(shift_labels[0]) if return_outputs else (shift_labels != -100).any(0)
+        has_label = batch.shift_labels != -100  # (B, T)
+        wanted = torch.ones_like(has_label[0]) if return_outputs else has_label.any(0)
         columns = wanted.nonzero().flatten()
         outputs = model(
             **inputs,
@@ -190,7 +188,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         )
 
         # 5. The loss and its parts.
-        labels = shift_labels[:, columns]
+        labels = batch.shift_labels[:, columns]
         ce = token_loss(outputs.logits, labels, num_items=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             ce = ce * self.accelerator.num_processes
@@ -247,16 +245,23 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             outputs = image_outputs(inputs, self.student.model.core)
         return inputs if outputs is None else {**without_pixels(inputs), "mm_encoder_outputs": {"image": outputs}}
 
-    def _cache_features(self, dataset: Dataset) -> Dataset:
-        """Replaces pixels by the output of the frozen vision tower, once for each image."""
+    def _cache_images(self, dataset: Dataset) -> Dataset:
+        """Features of the frozen vision tower in place of images, or, if it is trained, their processed pixels."""
+        tower = [self.student.get_submodule(name) for name in vision_modules(self.student)]
+        return cache_images(
+            dataset,
+            self.processing_class,
+            encode_batch=self._encode_batch if self.args.freeze_vision_tower else None,
+            dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
+            helper_images=self.keeps_teacher,
+            key=weights_key(tower) if self.args.freeze_vision_tower else "pixels",
+        )
 
-        @torch.no_grad()
-        def encode_batch(parts: list[dict]):
-            inputs = {k: v.to(self.accelerator.device) for k, v in merge_images(parts).items()}
-            with self.accelerator.autocast():
-                return image_outputs(inputs, self.student.model.core)
-
-        return cache_features(dataset, encode_batch, key=f"{id(self)} {self.args.output_dir}")
+    @torch.no_grad()
+    def _encode_batch(self, inputs: dict[str, torch.Tensor]):
+        with self.accelerator.autocast():
+            inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
+            return image_outputs(inputs, self.student.model.core)
 
     # ----------------------------------------------------------------------------------- what the method adds to a run
 
@@ -298,3 +303,10 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "selection": selection,
             "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment",
         }
+
+
+def _each(datasets: Any, change: Callable) -> Any:
+    """What `change(dataset, name=…)` makes of an evaluation data set, or of each in a dict of them."""
+    if isinstance(datasets, dict):
+        return {name: change(dataset, name=name) for name, dataset in datasets.items()}
+    return None if datasets is None else change(datasets, name="eval")

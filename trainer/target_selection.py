@@ -11,6 +11,7 @@ import torch
 from ilvr import ILVRConfig
 
 from .ilvr_training_config import ILVRTrainingConfig
+from .inputs.data_collator import LatentBatch
 from .inputs.image_features import flatten_features, image_outputs
 from .selection import (
     SELECTORS,
@@ -52,41 +53,31 @@ class TargetSelector:
         self.selector = SELECTORS[args.selection_method]
 
     @torch.no_grad()
-    def __call__(
-        self,
-        inputs: dict,
-        helper_inputs: dict,
-        assistant_mask: torch.Tensor,
-        image_lengths: torch.Tensor | None = None,
-        images_per_row: torch.Tensor | None = None,
-    ) -> Selection | None:
+    def __call__(self, batch: LatentBatch) -> Selection | None:
         """Selects the targets of a batch.
 
         Args:
-            inputs (`dict`): the model's inputs for the sequences, (B, T).
-            helper_inputs (`dict`): image tensors of the helper images, in the order of the spans.
-            assistant_mask (`torch.BoolTensor` of shape `(B, T)`): tokens of the assistant's turns.
-            image_lengths (`torch.LongTensor` of shape `(images,)`): tokens of each of the user's images.
-            images_per_row (`torch.LongTensor` of shape `(B,)`): how many of them each row has.
+            batch ([`LatentBatch`]): its user images may be encoded already, as `mm_encoder_outputs`.
 
         Returns:
             [`Selection`], or `None` for a batch without spans.
         """
+        inputs = batch.inputs
         counts = (inputs["input_ids"] == self.config.latent_start_token_id).sum(1)  # (B,): spans of each row
         num_spans = int(counts.max())
         if not num_spans:
             if self.selector.reads_teacher and self.equal_forwards:
                 self._teacher_states(inputs, num_spans)
             return None
-        candidates, candidate_mask = self._candidates(helper_inputs, counts)
+        candidates, candidate_mask = self._candidates(batch.helper_inputs, counts)
         looked_at = SelectionInputs(
             candidates,
             candidate_mask,
             max_selected=self.config.latent_size,
             top_p=self.args.selection_top_p,
             temperature=self.args.selection_temperature,
-            queries=self._queries(inputs, assistant_mask, num_spans) if self.selector.reads_teacher else None,
-            encode_user_pictures=partial(self._user_pictures, inputs, image_lengths, images_per_row),
+            queries=self._queries(inputs, batch.assistant_mask, num_spans) if self.selector.reads_teacher else None,
+            encode_user_pictures=partial(self._user_pictures, batch),
         )
         spans: list[SpanSelection] = []
         for span in range(num_spans):
@@ -99,16 +90,14 @@ class TargetSelector:
         pictures = features.split(helper_inputs["image_lengths"].tolist())
         return pad_candidates([group_candidates(own, self.args.max_candidates) for own in pictures], counts)
 
-    def _user_pictures(
-        self, inputs: dict, image_lengths: torch.Tensor, images_per_row: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _user_pictures(self, batch: LatentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates (B, N, D) of each row's last user image, and their mask; none exist in a row without images."""
-        encoded = inputs.get("mm_encoder_outputs")
-        outputs = image_outputs(inputs, self.core) if encoded is None else encoded["image"]
-        pictures = flatten_features(outputs.pooler_output).float().split(image_lengths.tolist())
-        last = (images_per_row.cumsum(0) - 1)[images_per_row > 0].tolist()
+        encoded, has_image = batch.inputs.get("mm_encoder_outputs"), batch.images_per_row > 0
+        outputs = image_outputs(batch.inputs, self.core) if encoded is None else encoded["image"]
+        pictures = flatten_features(outputs.pooler_output).float().split(batch.image_lengths.tolist())
+        last = (batch.images_per_row.cumsum(0) - 1)[has_image].tolist()
         groups = [group_candidates(pictures[i], self.args.max_candidates) for i in last]
-        candidates, mask = pad_candidates(groups, (images_per_row > 0).long())  # (B, 1, N, D)
+        candidates, mask = pad_candidates(groups, has_image.long())  # (B, 1, N, D)
         return candidates[:, 0], mask[:, 0]
 
     def _queries(self, inputs: dict, assistant_mask: torch.Tensor, num_spans: int) -> Queries:

@@ -3,21 +3,17 @@
 B batch, T sequence, S spans, K latents a span.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
-from transformers import ProcessorMixin
 from transformers.data.data_collator import DataCollatorMixin
 
-from .data_preparation import (
-    HELPER_IMAGES,
-    USER_IMAGES,
-    encode_helper_images,
-    encode_images,
-    merge_images,
-    open_image,
-    unpack,
-)
+from ilvr import ILVRProcessor
+from ilvr.data.images import open_image
+
+from .data_preparation import HELPER_IMAGES, USER_IMAGES
+from .image_tensors import encode_helper_images, encode_images, merge_images, unpack
 
 
 HELPER_PREFIX = "helper_"
@@ -62,15 +58,19 @@ class LatentDataCollator(DataCollatorMixin):
     Args:
         processor ([`ILVRProcessor`]).
         pad_to_multiple_of (`int`, *optional*): pads the length of the batch further, on the right.
+        helper_images (`bool`, *optional*, defaults to `True`): whether helper images are opened; stage 2 has no use
+            for them.
 
     Returns:
         `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids`
-        if the backbone has it, the processor's tensors of the user images with `image_lengths`, the number of their
-        tokens, and, prefixed by `helper_`, those of the helper images; features in place of pixels if they are cached.
+        if the backbone has it, the processor's tensors of the user images with `image_lengths` (images,), the tokens
+        of each, and `images_per_row` (B,); and, prefixed by `helper_`, the tensors of the helper images. Features in
+        place of pixels if they are cached. [`LatentBatch`] takes it apart.
     """
 
-    processor: ProcessorMixin
+    processor: ILVRProcessor
     pad_to_multiple_of: int | None = None
+    helper_images: bool = True
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -98,15 +98,19 @@ class LatentDataCollator(DataCollatorMixin):
         for name in {"mm_token_type_ids", "token_type_ids"} & set(self.processor.model_input_names):
             types = self.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
             batch[name] = torch.tensor(types)
-        batch |= self._collate_images([example[USER_IMAGES] for example in examples], encode_images)
-        helper = self._collate_images([example[HELPER_IMAGES] for example in examples], encode_helper_images)
-        return batch | {HELPER_PREFIX + name: tensor for name, tensor in helper.items()}
+        user = [self._image_tensors(example, USER_IMAGES, encode_images) for example in examples]
+        counts = [len(tensors["image_lengths"]) if tensors else 0 for tensors in user]
+        batch |= {**merge_images(user), "images_per_row": torch.tensor(counts)}
+        if self.helper_images:
+            helper = merge_images([self._image_tensors(row, HELPER_IMAGES, encode_helper_images) for row in examples])
+            batch |= {HELPER_PREFIX + name: tensor for name, tensor in helper.items()}
+        return batch
 
-    def _collate_images(self, rows: list, encode) -> dict[str, torch.Tensor]:
-        if isinstance(rows[0], bytes):
-            return merge_images([unpack(row) for row in rows])
-        where = "An image of a prepared sample"
-        return merge_images([encode([open_image(i, where) for i in row], self.processor) for row in rows])
+    def _image_tensors(self, example: dict, column: str, encode: Callable) -> dict[str, torch.Tensor]:
+        if isinstance(example[column], bytes):
+            return unpack(example[column])
+        images = example.get("images") or []
+        return encode((open_image(images[i], f"Image {i} of a sample") for i in example[column]), self.processor)
 
 
 def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding) -> torch.Tensor:
@@ -114,9 +118,30 @@ def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding
     return torch.tensor([[row[i] for i in columns] for row, columns in zip(rows, layout)])
 
 
-def split_batch(batch: dict) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
-    """A collated batch as the student's inputs, the helper images' tensors, assistant mask and labels; not mutated."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "image_lengths")}
-    assistant_mask, shift_labels = inputs.pop("assistant_mask"), inputs.pop("shift_labels")
-    helper = {k.removeprefix(HELPER_PREFIX): inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)}
-    return inputs, helper, assistant_mask, shift_labels
+@dataclass
+class LatentBatch:
+    """A collated batch, taken apart.
+
+    Args:
+        inputs (`dict`): the model's inputs.
+        helper_inputs (`dict`): image tensors of the helper images, in the order of rows and spans.
+        assistant_mask (`torch.BoolTensor` of shape `(B, T)`): tokens of the assistant's turns.
+        shift_labels (`torch.LongTensor` of shape `(B, T)`): the next token at each column, -100 for no loss.
+        images_per_row (`torch.LongTensor` of shape `(B,)`): images of the user.
+        image_lengths (`torch.LongTensor` of shape `(images,)`, *optional*): tokens of each of them.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    helper_inputs: dict[str, torch.Tensor]
+    assistant_mask: torch.Tensor
+    shift_labels: torch.Tensor
+    images_per_row: torch.Tensor
+    image_lengths: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: dict[str, torch.Tensor]) -> "LatentBatch":
+        """Takes a batch of [`LatentDataCollator`] apart, and leaves it as it is."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        own = {f.name: inputs.pop(f.name) for f in fields(cls) if f.name in inputs}
+        helper = {k.removeprefix(HELPER_PREFIX): inputs.pop(k) for k in list(inputs) if k.startswith(HELPER_PREFIX)}
+        return cls(inputs, helper, **own)

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ilvr.data.images import open_image
 
-from ..inputs.data_collator import HELPER_PREFIX, split_batch
+from ..inputs.data_collator import HELPER_PREFIX, LatentBatch
 from ..inputs.data_preparation import HELPER_IMAGES, prepare_dataset
 from ..selection import Selection
 from .selection_pictures import selection_row, sheet, token_grid
@@ -33,15 +33,15 @@ def compare_latents(trainer, batch: dict) -> tuple[Selection | None, torch.Tenso
     Returns:
         `tuple`: the [`Selection`] and the predicted latents (B, S, K, D); `None` for a batch without spans.
     """
-    inputs, helper_inputs, assistant_mask, _ = split_batch(trainer._prepare_inputs(batch))
+    latent_batch = LatentBatch.of(trainer._prepare_inputs(batch))
     device, was_training = trainer.accelerator.device, trainer.model.training
     trainer.model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
-        inputs = trainer.encode_user_images(inputs)
-        selection = trainer.select_targets(inputs, helper_inputs, assistant_mask)
+        latent_batch.inputs = trainer.encode_user_images(latent_batch.inputs)
+        selection = trainer.select_targets(latent_batch)
         targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
         outputs = trainer.student(
-            **inputs, latent_values=targets, latent_mask=target_mask, logits_to_keep=1, use_cache=False
+            **latent_batch.inputs, latent_values=targets, latent_mask=target_mask, logits_to_keep=1, use_cache=False
         )
     trainer.model.train(was_training)
     return selection, outputs.predicted_latents
@@ -86,7 +86,7 @@ class SelectionDrawingCallback(TrainerCallback):
         rows = [samples[i] for i in range(len(samples))]
         if any(isinstance(row[HELPER_IMAGES], bytes) for row in rows):
             raise ValueError("The samples hold features, not images. Give them as they were before `cache_images`.")
-        self.images = [[open_image(image, "A drawn image") for image in row[HELPER_IMAGES]] for row in rows]
+        self.images = [[open_image(row["images"][i], "A drawn image") for i in row[HELPER_IMAGES]] for row in rows]
         self.batch = trainer.data_collator(rows)
         self.grids = self.batch.get(f"{HELPER_PREFIX}image_grid_thw")
         if self.grids is None:

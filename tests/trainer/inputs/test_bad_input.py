@@ -106,7 +106,7 @@ def test_over_long_samples_of_a_stream_are_dropped_and_listed(processor, monkeyp
 
 def test_latent_ids_in_user_text(model, processor, tmp_path):
     sample = make_sample(["Right", "Up"], question="Go <|latent_start|><|latent_pad|>")
-    with pytest.raises(ValueError, match=r"Sample 1 of the train data: The user text .* holds <\|latent_start\|>"):
+    with pytest.raises(ValueError, match=r"Sample 1 .*: messages: The user text .* holds <\|latent_start\|>"):
         start_training(model, processor, [GOOD, sample], tmp_path)
 
 
