@@ -2,8 +2,8 @@
 
     python -m benchmarks.inputs [--quick]
 
-A sample has one user image and two helper images, JPEG files of 1024 x 768 pixels with noise, embedded in the data. The
-processor is Qwen2.5-VL's with its own limits of size; no model is needed but for the last table.
+A sample has one user image and two helper images, JPEG files of about 1024 x 768 pixels with noise, embedded in the
+data. The processor is Qwen2.5-VL's with its own limits of size.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def collate(dataset, collator, batch_size: int = 4) -> float:
 
 
 def waiting(dataset, collator, workers: int, batch_size: int = 4) -> float:
-    """Share of the time of a run that waits for data, beside a step that leaves the processor free, as a GPU's does."""
+    """Share of the time of a run that waits for data, beside steps that leave the processor free."""
     loader = DataLoader(
         dataset, batch_size=batch_size, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0
     )

@@ -6,6 +6,7 @@ image parts. An image part in an assistant turn is a helper image, the target of
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from datasets import Features, Image, List, Value
 
@@ -41,10 +42,11 @@ class ConversationBuilder:
         locate (`Callable[[value, field], dict]`): finds an image, see [`~ilvr.data.images.locate_image`].
     """
 
-    def __init__(self, locate: Callable[[object, str], dict]):
+    def __init__(self, locate: Callable[[Any, str], dict]):
         self.locate = locate
         self.messages: list[dict] = []
         self.images: list[dict] = []
+        self.text = ""  # what has been said since the turn's start or its last image: parts are joined without a break
 
     def add_turn(self, role: str, field: str):
         """Starts a turn; parts are added to it.
@@ -55,8 +57,9 @@ class ConversationBuilder:
         if role not in ROLES:
             raise SampleError(field, f"unknown role {role!r}. Use one of {', '.join(ROLES)}.")
         self.messages.append({"role": role, "content": []})
+        self.text = ""
 
-    def add_text(self, text, field: str):
+    def add_text(self, text: Any, field: str):
         """Adds a text part; none for an empty text.
 
         Raises:
@@ -64,11 +67,9 @@ class ConversationBuilder:
         """
         if not isinstance(text, str):
             raise SampleError(field, f"must be a text, got {text!r:.80}. Correct the field or leave the sample out.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no file can store
-            raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
-        found = [token for token in LATENT_TOKENS if token in text]
+        check_unicode(text, field)
+        self.text += text
+        found = [token for token in LATENT_TOKENS if token in self.text]
         if found:
             raise SampleError(
                 field, f"the text holds {found[0]}. Latent tokens are made from images; remove them from the text."
@@ -76,12 +77,13 @@ class ConversationBuilder:
         if text:
             self.messages[-1]["content"].append({"type": "text", "text": text})
 
-    def add_image(self, value, field: str):
+    def add_image(self, value: Any, field: str):
         """Adds an image part; see [`~ilvr.data.images.locate_image`] for the values and errors."""
         self.images.append(self.locate(value, field))
+        self.text = ""
         self.messages[-1]["content"].append({"type": "image", "text": None})
 
-    def add_marked_text(self, text, mark: str, images: list[tuple[object, str]], field: str):
+    def add_marked_text(self, text: Any, mark: str, images: list[tuple[Any, str]], field: str):
         """Adds a text with an image in the place of each mark.
 
         Args:
@@ -104,7 +106,7 @@ class ConversationBuilder:
             if image is not None:
                 self.add_image(*image)
 
-    def finish(self, row: dict, used: set[str], answer) -> dict:
+    def finish(self, row: dict, used: set[str], answer: Any) -> dict:
         """The sample with the columns of `FEATURES`.
 
         Args:
@@ -120,16 +122,40 @@ class ConversationBuilder:
             # An image alone asks nothing and answers nothing.
             if role not in has_words:
                 raise SampleError(f"{role} turn", "has no words. Add them or leave the sample out.")
+        answer = None if answer is None else str(answer)
+        check_unicode(answer or "", "answer")
         metadata = {name: value for name, value in row.items() if name not in used and value is not None}
         return {
             "messages": self.messages,
             "images": self.images,
-            "answer": None if answer is None else str(answer),
+            "answer": answer,
             "metadata": json.dumps(metadata, default=str),
         }
 
 
-def required(row: dict, field: str):
+def check_unicode(text: str, field: str):
+    """A text must be one that a file can store.
+
+    Raises:
+        SampleError: if it holds half of a surrogate pair, which JSON can escape.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
+
+
+def image_roles(messages: list[dict]) -> list[str]:
+    """The role of the turn that each image part stands in, in order. An image of an assistant turn is a helper image.
+
+    Args:
+        messages (`list[dict]`): turns whose content is a text or a list of parts.
+    """
+    contents = [(m["role"], m["content"]) for m in messages if not isinstance(m["content"], str)]
+    return [role for role, content in contents for part in content if part["type"] == "image"]
+
+
+def required(row: dict, field: str) -> Any:
     """A field that a row must have.
 
     Raises:
@@ -140,7 +166,7 @@ def required(row: dict, field: str):
     return row[field]
 
 
-def as_list(value, field: str, of: type = object) -> list:
+def as_list(value: Any, field: str, of: type = object) -> list:
     """A list of objects of one type.
 
     Raises:

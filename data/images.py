@@ -3,12 +3,21 @@
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
 from .conversations import SampleError
+
+
+# What cameras, browsers and drawing programs write. Pillow would also take formats that start other programs
+# (PostScript) and rare ones whose decoders fail in ways of their own.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+TURNED = {5, 6, 7, 8}  # Exif orientations that swap width and height
 
 
 def locate_image(value, field: str, image_root: Path | None) -> dict:
@@ -59,34 +68,62 @@ def open_image(image, where: str) -> PILImage.Image:
         where (`str`): names the image in errors.
 
     Returns:
-        `PIL.Image.Image`: RGB.
+        `PIL.Image.Image`: RGB, turned upright as its Exif data says, as transformers' `load_image` does at inference.
 
     Raises:
-        ValueError: if there is no such file, it is no image, or it has so many pixels that PIL suspects a
-            decompression bomb; that is seen in the header, before anything is decoded.
+        ValueError: if there is no such file, it is no image of a known format, its pixels have no 8 bits to a colour,
+            or it has so many pixels that PIL suspects a decompression bomb; that is seen in the header, before
+            anything is decoded.
     """
     if isinstance(image, PILImage.Image):
-        return image.convert("RGB")
+        return _rgb(image, where)
     with _opened(image, where) as opened:
-        return opened.convert("RGB")
+        return _rgb(opened, where)
 
 
 def image_size(image, where: str) -> tuple[int, int]:
-    """Width and height in pixels, from the header; arguments and errors as in [`open_image`]."""
+    """Width and height in pixels of what [`open_image`] returns, from the header; its arguments and errors."""
     if isinstance(image, PILImage.Image):
-        return image.size
+        return _upright_size(image)
     with _opened(image, where) as opened:
-        return opened.size
+        return _upright_size(opened)
+
+
+def _upright_size(image: PILImage.Image) -> tuple[int, int]:
+    exif, (width, height) = PILImage.Exif(), image.size
+    if image.format == "TIFF":
+        return width, height  # Pillow has turned it already
+    if image.format == "PNG":
+        exif.load(image.info.get("exif", b""))  # `getexif` would decode the pixels, to look behind them
+    else:
+        exif = image.getexif()
+    return (height, width) if exif.get(ExifTags.Base.Orientation) in TURNED else (width, height)
+
+
+def _rgb(image: PILImage.Image, where: str) -> PILImage.Image:
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{where} has pixels of mode {image.mode} (16 or more bits), which would be clipped to white. Scale them "
+            "to 8 bits."
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow knows."""
+    PILImage.init()
+    return tuple(name for name in FORMATS if name in PILImage.OPEN)
 
 
 @contextmanager
-def _opened(image, where: str):
+def _opened(image, where: str) -> Iterator[PILImage.Image]:
     source = image.get("path") if isinstance(image, dict) else image
     data = image.get("bytes") if isinstance(image, dict) else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(io.BytesIO(data) if data is not None else source) as opened:
+            with PILImage.open(io.BytesIO(data) if data is not None else source, formats=_formats()) as opened:
                 yield opened
     except FileNotFoundError as error:
         raise ValueError(f"{where}: there is no file {source}. Correct the path or leave the sample out.") from error
@@ -94,8 +131,10 @@ def _opened(image, where: str):
         raise ValueError(
             f"{where} ({source or 'bytes'}) is too large, as a decompression bomb would be: {error} Shrink it."
         ) from error
-    # PIL raises ValueError for oversized text chunks and SyntaxError for some broken PNG files.
-    except (OSError, AttributeError, SyntaxError, ValueError) as error:
+    # PIL raises ValueError for oversized text chunks, SyntaxError for some broken PNG files, and others as it likes.
+    except (OSError, AttributeError, IndexError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(where):
+            raise
         raise ValueError(
             f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it."
         ) from error

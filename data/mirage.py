@@ -1,5 +1,7 @@
 """Mirage's JSONL (arXiv 2506.17218): one helper image, in the place of `<output_image>` in the answer."""
 
+from collections.abc import Callable
+
 from .conversations import ConversationBuilder, last_boxed, required
 from .reference_jsonl import add_question
 
@@ -8,7 +10,7 @@ FIELDS = frozenset({"text_input", "text_output"})
 HELPER_MARK = "<output_image>"
 
 
-def read_mirage(row: dict, locate) -> dict:
+def read_mirage(row: dict, locate: Callable) -> dict:
     r"""A row with `text_input`, `image_input`, `text_output` and `image_output`.
 
     Args:

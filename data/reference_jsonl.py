@@ -1,5 +1,7 @@
 """The JSONL of the paper's original code (CoMT, VSP-CoT): `sequence_plan` interleaves texts and helper images."""
 
+from collections.abc import Callable
+
 from .conversations import ConversationBuilder, SampleError, as_list, required
 
 
@@ -7,7 +9,7 @@ FIELDS = frozenset({"text_input", "sequence_plan"})
 IMAGE_MARK = "<image>"
 
 
-def read_reference(row: dict, locate) -> dict:
+def read_reference(row: dict, locate: Callable) -> dict:
     """A row with `text_input`, `image_input`, `sequence_plan` and, optionally, `original_final_answer`.
 
     Args:

@@ -1,9 +1,11 @@
 """Data sets of any known format as conversations: files are read row by row, everything else by `datasets`."""
 
+import glob
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -18,12 +20,25 @@ from .row_files import Row, read_rows
 
 logger = logging.getLogger(__name__)
 
+
+class Format(NamedTuple):
+    """How a source writes its samples.
+
+    Args:
+        fields (`frozenset[str]`): fields that tell a row of it from others.
+        read (`Callable[[row, locate], dict]`): makes a sample of a row.
+    """
+
+    fields: frozenset[str]
+    read: Callable[[dict, Callable], dict]
+
+
 FORMATS = {
-    "native": (native.FIELDS, native.read_native),
-    "reference": (reference_jsonl.FIELDS, reference_jsonl.read_reference),
-    "mirage": (mirage.FIELDS, mirage.read_mirage),
-    "zebra_cot": (zebra_cot.FIELDS, zebra_cot.read_zebra_cot),
-    "monet": (monet.FIELDS, monet.read_monet),
+    "native": Format(native.FIELDS, native.read_native),
+    "reference": Format(reference_jsonl.FIELDS, reference_jsonl.read_reference),
+    "mirage": Format(mirage.FIELDS, mirage.read_mirage),
+    "zebra_cot": Format(zebra_cot.FIELDS, zebra_cot.read_zebra_cot),
+    "monet": Format(monet.FIELDS, monet.read_monet),
 }
 ROW_FILES = (".jsonl", ".json")
 
@@ -123,16 +138,19 @@ def convert(row: dict | SampleError, locate: Callable, format: str | None = None
     if format is None:
         # A column of a data set that has no value in this row is not one of its fields.
         present = {name for name, value in row.items() if value is not None}
-        format = next((name for name, (fields, _) in FORMATS.items() if fields <= present), None)
-    if format is None:
-        known = "; ".join(f"{name}: {', '.join(sorted(fields))}" for name, (fields, _) in FORMATS.items())
-        raise SampleError("row", f"the fields {sorted(present)} fit no known format ({known}). Name it with format=.")
-    return FORMATS[format][1](row, locate), format
+        fitting = [name for name, known in FORMATS.items() if known.fields <= present]
+        if len(fitting) > 1:
+            raise SampleError("row", f"its fields fit {' and '.join(fitting)}. Name the format.")
+        if not fitting:
+            known = "; ".join(f"{name}: {', '.join(sorted(own.fields))}" for name, own in FORMATS.items())
+            raise SampleError("row", f"the fields {sorted(present)} fit no known format ({known}). Name the format.")
+        (format,) = fitting
+    return FORMATS[format].read(row, locate), format
 
 
 def is_row_file(path: str) -> bool:
     """Whether a path names JSON lines or a JSON array, which are read here, and not by `datasets`."""
-    return Path(path).suffix in ROW_FILES
+    return Path(path).suffix.lower() in ROW_FILES
 
 
 def check_format(format: str | None) -> str | None:
@@ -148,6 +166,8 @@ def find_image_root(path: str, image_root: str | None) -> Path | None:
     Raises:
         ValueError: if the data file or the folder does not exist.
     """
+    if not path:
+        raise ValueError("The path of the data is empty. Name a file, a folder or a Hub id.")
     data = Path(path)
     if is_row_file(path) and not data.is_file():
         raise ValueError(f"There is no file {path}. Correct the path.")
@@ -168,10 +188,14 @@ def describe(path: str, number: int) -> str:
 def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs) -> Dataset | IterableDataset:
     data = Path(path)
     if (data / "state.json").is_file():
+        if split != "train":
+            raise ValueError(f"{path} is one data set that was saved to disk: it has no split {split!r}.")
         dataset = load_from_disk(path)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif data.is_file():
-        dataset = load_dataset(str(data.parent), data_files=[data.name], split=split, streaming=streaming, **kwargs)
+        # Both are patterns to `datasets`, and characters of one in a file's name would match other files.
+        folder, name = glob.escape(str(data.parent)), glob.escape(data.name)
+        dataset = load_dataset(folder, data_files=[name], split=split, streaming=streaming, **kwargs)
     else:
         dataset = load_dataset(path, split=split, streaming=streaming, **kwargs)
     for name, feature in (dataset.features or {}).items():

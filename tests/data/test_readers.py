@@ -1,5 +1,6 @@
 """Readers: rows written by hand in each format, to conversations that the trainer takes."""
 
+import io
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from helpers import MIRAGE, MONET, MONET_SPAN, NATIVE, REFERENCE, ROWS, ZEBRA_COT, make_image, write_jsonl
 from PIL import Image as PILImage
 
-from ilvr.data import SampleError, load_conversations
+from ilvr.data import SampleError, load_conversations, prompt_of
 from ilvr.data.conversations import last_boxed
 from ilvr.data.images import image_size, locate_image, open_image
 from ilvr.data.row_files import read_rows
@@ -273,7 +274,7 @@ def changed(row, **changes):
 
 BAD_ROWS = [
     ({"\ud800": 1}, r"row: the fields .*ud800.* fit no known format"),
-    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name it with format="),
+    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name the format"),
     (changed(REFERENCE, text_input=3), "text_input: must be a text, got 3"),
     (changed(REFERENCE, text_input="two <image> <image>"), "text_input: the text has 2 times <image>, .* 1 images"),
     (changed(REFERENCE, text_input="<|latent_pad|>"), r"text_input: the text holds <\|latent_pad\|>.*remove them"),
@@ -391,3 +392,150 @@ def test_streaming_takes_the_memory_of_a_row(image_root):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8_000_000 < path.stat().st_size / 2
+
+
+# ------------------------------------------------------------------------------------- what has been read wrongly
+
+
+ROW = {"messages": [{"role": "user", "content": "P"}, {"role": "assistant", "content": "R"}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "line"),
+    [
+        (f"[{json.dumps(ROW)}]\n{json.dumps(ROW)}\n", "stands after the end of the array", 2),
+        (f"[{json.dumps(ROW)}]\n[{json.dumps(ROW)}]\n", "stands after the end of the array", 2),
+        (f"[{json.dumps(ROW)}] garbage", "stands after the end of the array: 'garbage'", 1),
+        (f"[]\n{json.dumps(ROW)}\n", "stands after the end of the array", 2),
+        (f"[{json.dumps(ROW)}\n{json.dumps(ROW)}]", "expected ',', found '{'", 2),
+        ('{"messages": 1, "messages": 2}\n', "the name 'messages' stands twice", 1),
+    ],
+    ids=["rows", "two arrays", "garbage", "empty array", "comma", "twice"],
+)
+def test_nothing_of_a_file_is_dropped(tmp_path, text, problem, line):
+    (tmp_path / "rows.jsonl").write_text(text)
+    *good, (number, row, _) = read_rows(tmp_path / "rows.jsonl")
+    assert isinstance(row, SampleError) and problem in str(row) and number == line
+    assert all(row == ROW for _, row, _ in good)
+
+
+def test_an_array_with_blanks_around_it(tmp_path):
+    (tmp_path / "rows.json").write_text(f"\n [ {json.dumps(ROW)} ,\n {json.dumps(ROW)} ]\n \n")
+    assert [(line, row) for line, row, _ in read_rows(tmp_path / "rows.json")] == [(2, ROW), (3, ROW)]
+
+
+def test_a_line_has_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvr.data.row_files.MAX_ROW_CHARACTERS", 100)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW)[:90] + " " * 500)
+    ((number, row, _),) = read_rows(tmp_path / "rows.jsonl")
+    assert number == 1 and "is longer than 100 bytes" in str(row)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_marker_cut_over_two_parts(image_root, role):
+    texts = [{"type": "text", "text": text} for text in ("Plan <|latent_", "start|> on")]
+    turns = [{"role": r, "content": texts if r == role else "words"} for r in ("user", "assistant")]
+    with pytest.raises(SampleError, match=r"content\[1\]: the text holds <\|latent_start\|>"):
+        read({"messages": turns}, image_root)
+    texts[1:1] = [{"type": "image", "path": "board.png"}]  # what an image parts is none
+    assert read({"messages": turns}, image_root)["images"]
+
+
+def test_photos_are_upright_and_measured_so(tmp_path):
+    """As transformers' `load_image` turns them at inference; the size from the header alone."""
+    from transformers.image_utils import load_image
+
+    image = PILImage.new("RGB", (96, 64), "red")
+    image.paste("blue", (0, 0, 48, 32))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "a.png", "a.webp", "a.tiff"):
+        image.save(tmp_path / name, exif=exif)
+        found = open_image(str(tmp_path / name), "it")
+        assert found.size == image_size(str(tmp_path / name), "it") == (64, 96), name
+        assert found.tobytes() == load_image(str(tmp_path / name)).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, mode):
+    PILImage.new(mode, (8, 8)).save(tmp_path / "depth.tiff")
+    with pytest.raises(ValueError, match=r"it has pixels of mode I|F.*Scale them to 8 bits"):
+        open_image(str(tmp_path / "depth.tiff"), "it")
+
+
+def test_postscript_starts_no_program(tmp_path, monkeypatch):
+    """Pillow hands it to Ghostscript; a stub of it on the path leaves a mark when it is called."""
+    stub = tmp_path / "bin" / "gs"
+    stub.parent.mkdir()
+    stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    for look in (open_image, image_size):
+        with pytest.raises(ValueError, match="it .* is no image that can be read"):
+            look(str(tmp_path / "x.png"), "it")
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "QOI", "DDS"])
+def test_broken_files_of_any_format_are_named(tmp_path, kind):
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (32, 32)).save(buffer, kind)
+    data = buffer.getvalue().replace(b"iloc", b"xxxx")
+    with pytest.raises(ValueError, match="it .* is no image that can be read"):
+        open_image({"bytes": data[: len(data) // 2], "path": None}, "it")
+
+
+def test_names_that_are_patterns(image_root, tmp_path):
+    for name, number in (("p1", 3), ("p[1]", 7), ("p*", 5)):
+        Dataset.from_list([ROW] * number).to_parquet(tmp_path / f"{name}.parquet")
+    for name, number in (("p1", 3), ("p[1]", 7), ("p*", 5)):
+        assert len(load_conversations(str(tmp_path / f"{name}.parquet"))) == number
+
+
+def test_an_answer_that_no_file_can_store(image_root, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROW, "answer": "\ud800"}) + "\n" + json.dumps(ROW) + "\n")
+    with pytest.raises(ValueError, match="line 1: answer: the text is no valid Unicode"):
+        load_conversations(str(tmp_path / "rows.jsonl"))
+    assert len(load_conversations(str(tmp_path / "rows.jsonl"), skip_bad_samples=True)) == 1
+
+
+def test_a_suffix_in_capitals(tmp_path):
+    (tmp_path / "rows.JSONL").write_text(json.dumps(ROW) + "\n")
+    assert len(load_conversations(str(tmp_path / "rows.JSONL"))) == 1
+
+
+@pytest.mark.parametrize("images", [0, "", False])
+def test_images_that_are_no_list(image_root, images):
+    with pytest.raises(SampleError, match="images: must be a list"):
+        read({**ROW, "images": images}, image_root)
+
+
+def test_a_row_that_fits_two_formats(image_root):
+    with pytest.raises(SampleError, match="its fields fit native and monet. Name the format"):
+        read({**ROW, "data": []}, image_root)
+    assert read({**ROW, "data": []}, image_root, "native")["messages"]
+
+
+def test_image_parts_that_name_their_file(image_root):
+    part = {"type": "image", "path": "board.png"}
+    row = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "P"}]}, ROW["messages"][1]]}
+    assert read(row, image_root) == {**read(row, image_root), "metadata": "{}"}
+    assert read(row, image_root)["images"][0]["path"].endswith("board.png")
+
+
+def test_prompts_end_before_the_first_answer(image_root):
+    sample = read(NATIVE, image_root)
+    (turn,) = prompt_of(sample)
+    assert turn["content"][0]["image"].size == (32, 32) and turn["content"][1]["text"] == "Plan"
+    system = {"role": "system", "content": "Think."}
+    first, second = prompt_of({**sample, "messages": [system, *sample["messages"]]})
+    assert first == system and second["content"][0]["image"].mode == "RGB"
+
+
+def test_a_saved_data_set_has_one_split(tmp_path):
+    Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"has no split 'train\[:3\]'"):
+        load_conversations(str(tmp_path / "saved"), split="train[:3]")
+    with pytest.raises(ValueError, match="The path of the data is empty"):
+        load_conversations("")
