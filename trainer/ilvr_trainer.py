@@ -13,7 +13,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ilvr.hub_cards import ILVRModelCard
-from ilvr.latent_rollout import chunk_bounds
+from ilvr.latent_spans import chunk_bounds
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentDataCollator, split_batch

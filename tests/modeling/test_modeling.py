@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.latent_cache import ChunkCache
-from ilvr.latent_rollout import chunk_bounds
+from ilvr.latent_spans import chunk_bounds
 from ilvr.trainer.inputs.image_features import image_outputs, without_pixels
 
 
