@@ -74,7 +74,7 @@ class AttentionSeat:
             )
         if config._attn_implementation not in self.IMPLEMENTATIONS:
             raise ValueError(
-                f"An attention_rule needs a mask of pairs of columns, which {config._attn_implementation!r} does not take. "
+                f"An attention_rule needs a mask of pairs of columns; {config._attn_implementation!r} takes none. "
                 f"Load the model with attn_implementation set to one of {self.IMPLEMENTATIONS}."
             )
         batch_size = len(self.columns.is_latent)

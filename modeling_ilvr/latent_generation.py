@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
+from .latent_attention import AttentionSeat
 from .latent_spans import SpanState
 
 
@@ -271,7 +272,8 @@ class LatentGenerationMixin:
         cache.activate_past_recording()  # sliding windows are cropped, too
         input_ids = inputs["input_ids"].expand(-1, size)
         embeds = self.get_input_embeddings()(input_ids)  # of `<|latent_pad|>`, in `starts`
-        forward = self._span_forward(inputs, state, input_ids, embeds.dtype)
+        seat = self.model._seat(input_ids, state, inputs.get("attention_rule"), inputs.get("attention_rule_rows"))
+        forward = self._span_forward(inputs, seat, size, embeds.dtype)
 
         def intervene(latents: torch.Tensor) -> torch.Tensor:
             columns = [
@@ -289,21 +291,21 @@ class LatentGenerationMixin:
         state.plan = latents if state.plan is None else torch.where(starts.view(-1, 1, 1), latents, state.plan)
         if starts.all():
             state.ahead = forward(latents)
-            state.length += size
+            state.grow(size, seat.columns)
 
     def _span_forward(
-        self, inputs: dict[str, Any], state: SpanState, input_ids: torch.LongTensor, dtype: torch.dtype
+        self, inputs: dict[str, Any], seat: AttentionSeat, size: int, dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The backbone on the columns of a span that comes next, from latents to last hidden states (B, columns, D).
 
         Args:
             inputs (`dict`): of the step that enters the span.
-            input_ids (`torch.LongTensor` of shape `(B, K)`): the ids of its columns.
+            seat (`AttentionSeat`): decides what its columns see.
+            size (`int`): K.
             dtype (`torch.dtype`): of input embeddings.
         """
         cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
-        offsets = torch.arange(input_ids.shape[1], device=input_ids.device)
-        seat = self.model._seat(input_ids, state, inputs.get("attention_rule"), inputs.get("attention_rule_rows"))
+        offsets = torch.arange(size, device=inputs["position_ids"].device)
 
         def forward(latents: torch.Tensor) -> torch.Tensor:
             length, latents = latents.shape[1], latents.to(dtype)

@@ -167,6 +167,11 @@ class SpanState:
                 state = cache.latent_spans = cls(length=length, columns=columns)
         return state
 
+    def grow(self, num_columns: int, columns: ColumnFacts | None) -> None:
+        """Notes that the cache now holds more columns, with the facts about all of them."""
+        self.length += num_columns
+        self.columns = columns
+
     @property
     def has_columns_ahead(self) -> bool:
         return self.ahead is not None and self.ahead.shape[1] > 0

@@ -233,8 +233,7 @@ class ILVRModel(ILVRPreTrainedModel):
             sequences, _, _ = self._sequences(input_ids, is_latent, seat, inputs)
             iterations = jacobi_iterations, jacobi_gradient_iterations
             outputs, latents = fill_in_parallel(self.core, self.latent_head, sequences, *iterations)
-        state.length += num_columns
-        state.columns = seat.columns
+        state.grow(num_columns, seat.columns)
         return self._with_state(outputs, state, **latents)
 
     def _case(
