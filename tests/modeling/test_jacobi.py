@@ -16,6 +16,7 @@ from helpers import (
     make_trainer,
     next_token_loss,
 )
+from transformers import DynamicCache
 
 from ilvr.trainer import ILVRTrainingConfig
 
@@ -179,6 +180,29 @@ def test_a_cache_returned_within_a_span_holds_what_was_generated(model, processo
     expected, found = (generate(model, prompt, [(1,)], **options, **more) for more in ({}, {"jacobi_iterations": 2}))
     keys = [[layer.keys for layer in output.past_key_values.layers] for output in (found, expected)]
     assert_all_close(*keys)
+
+
+@pytest.mark.parametrize("stop", ["length", "error"])
+def test_a_cache_of_the_callers_own_is_not_left_with_columns_ahead(model, processor, stop):
+    """Also where plain ids are returned, or a hook fails, within a span."""
+    prompt = encode(processor, PROMPTS[:1], prompt_only=True)
+    cache, width = DynamicCache(config=model.config.get_text_config()), prompt["input_ids"].shape[1]
+
+    def fail(input_ids, scores):
+        if input_ids.shape[1] == width + 4:
+            raise RuntimeError("stopped")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"past_key_values": cache, "jacobi_iterations": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    if stop == "error":
+        with pytest.raises(RuntimeError, match="stopped"):
+            generate(model, prompt, [(1,)], stopping_criteria=[fail], **options)
+    else:
+        ids = generate(model, prompt, [(1,)], **options)
+        assert ids[0, -2:].tolist() == [model.config.latent_pad_token_id] * 2
+    assert cache.get_seq_length() == width + 3
+    assert [name for name in vars(cache) if "latent" in name or "ahead" in name] == ["latent_spans"]
+    assert not cache.latent_spans.has_columns_ahead
 
 
 @pytest.mark.parametrize(

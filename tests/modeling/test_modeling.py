@@ -14,6 +14,7 @@ from helpers import (
     every_backbone,
     gradients,
     largest_difference,
+    make_sample,
     next_token_loss,
     perturb,
     prefix_recompute,
@@ -118,6 +119,17 @@ def test_forced_latents_reach_their_positions_and_masked_ones_do_not(model, proc
     torch.testing.assert_close(fed[0, 1, 2], pad)
 
 
+@pytest.mark.parametrize("way", ["forced", "parallel"])
+def test_spans_that_a_row_does_not_have_predict_nothing(backbone_dir, processor, way):
+    """Not the bias of the head, which the trainer's residual would count."""
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="linear"))
+    inputs = encode(processor, [make_sample(["Right", "Down", "Up"]), make_sample(["Left", "Up"])])
+    values = torch.randn(2, 2, LATENT_SIZE, 32)
+    options = {"forced": {"latent_values": values}, "parallel": {"jacobi_iterations": 2}}
+    predicted = model(**inputs, **options[way]).predicted_latents
+    assert predicted[1, 1].eq(0).all() and predicted[0].any(-1).all() and predicted[1, 0].any(-1).all()
+
+
 def test_latents_of_another_size_are_refused(model, processor):
     with pytest.raises(ValueError, match="5 latents a span; the model's latent_size is 3"):
         model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(2, 2, 5, 32))
@@ -132,7 +144,7 @@ def test_precomputed_image_features_equal_pixels(model, processor):
     torch.testing.assert_close(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
 
 
-def test_later_image_in_the_sequence(model, processor):
+def later_image(processor):
     """A second user turn with an image comes after the first span, and so in a later chunk of the walk."""
     first, second = SPAN_SAMPLES
     turns = [
@@ -144,11 +156,19 @@ def test_later_image_in_the_sequence(model, processor):
         {"role": "user", "content": [{"type": "image", "image": first["images"][1]}, {"type": "text", "text": "Up"}]},
         second["messages"][1],
     ]
-    inputs = processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
+    return processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
+
+
+@every_backbone
+def test_later_image_in_the_sequence(model, processor, backbone_name):
+    inputs = later_image(processor)
     images = inputs["input_ids"] == model.config.image_token_id
-    pads = inputs["input_ids"] == model.config.latent_pad_token_id
-    assert (images & (pads.cumsum(1) > 0)).any()
-    torch.testing.assert_close(model(**inputs).logits, prefix_recompute(model, inputs), rtol=1e-4, atol=1e-4)
+    is_latent = inputs["input_ids"] == model.config.latent_pad_token_id
+    assert (images & (is_latent.cumsum(1) > 0)).any()
+    expected = prefix_recompute(model, inputs)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    exact = {"jacobi_iterations": int(is_latent.sum())}
+    torch.testing.assert_close(model(**inputs, **exact).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["identity", "linear", "mlp"])
