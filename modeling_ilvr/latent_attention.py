@@ -8,13 +8,14 @@ B batch (times beams), Q columns of a forward, T columns of the sequence, those 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function, create_masks_for_generate, sdpa_mask
 
-from .latent_spans import ColumnFacts
+from .latent_spans import ColumnFacts, SpanState
 
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,7 +30,9 @@ def hide_images_after_first_span(columns: ColumnFacts) -> MaskFunction:
     """
     is_hidden, is_after = columns.is_image & (columns.span == 0), columns.span > 0
 
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+    def mask_function(
+        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+    ) -> torch.Tensor:
         return ~(is_after[batch_idx, q_idx] & is_hidden[batch_idx, kv_idx])
 
     return mask_function
@@ -64,7 +67,37 @@ class AttentionSeat:
         elif rows is not None:
             raise ValueError("attention_rule_rows says for which rows a rule holds. Pass attention_rule, too.")
 
-    def _check(self):
+    @classmethod
+    def of(
+        cls,
+        vlm: PreTrainedModel,
+        config: PreTrainedConfig,
+        input_ids: torch.LongTensor | None,
+        state: SpanState,
+        rule: AttentionRule | None = None,
+        rows: torch.BoolTensor | None = None,
+    ) -> "AttentionSeat":
+        """The seat of forwards over the columns `input_ids` (B, T) that come after those of `state`.
+
+        Raises:
+            ValueError: if there are no ids for a rule to go by, or the columns in the cache are unknown.
+        """
+        if rule is None:
+            return cls(vlm, None, rows)
+        if input_ids is None:
+            raise ValueError("An attention_rule asks which columns are images and latents. Pass input_ids.")
+        columns = ColumnFacts.of(config, input_ids)
+        known = 0 if state.columns is None else state.columns.num_columns
+        if known < state.length:
+            raise ValueError(
+                f"The cache holds {state.length} columns and attention_rule knows of {known}. Pass the same rule from "
+                "the first forward of a cache on."
+            )
+        if state.length:
+            columns = state.columns.first(state.length).followed_by(columns)
+        return cls(vlm, rule, rows, columns)
+
+    def _check(self) -> None:
         config = self.vlm.config.get_text_config()
         unruly = sorted(set(getattr(config, "layer_types", None) or []) - self.LAYER_TYPES)
         if unruly:
@@ -82,6 +115,13 @@ class AttentionSeat:
             raise ValueError(
                 f"attention_rule_rows has shape {tuple(self.rows.shape)}; the batch needs ({batch_size},)."
             )
+
+    def ruled(self, inputs: dict[str, Any], inputs_embeds: torch.Tensor) -> dict[str, Any]:
+        """Inputs of the backbone for `inputs_embeds` (B, Q, D), with this mask in place of the padding's."""
+        if self.rule is None:
+            return inputs
+        mask = self.mask(inputs_embeds, inputs.get("attention_mask"), inputs.get("past_key_values"))
+        return {**inputs, "attention_mask": mask}
 
     def mask(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None

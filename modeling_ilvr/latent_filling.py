@@ -9,8 +9,7 @@ B batch, T sequence, S spans, K latents a span, D hidden.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,89 +17,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .latent_attention import AttentionSeat, check_padding_mask
 from .latent_cache import ChunkCache, checkpointing_with_cache
-from .latent_spans import chunk_bounds, filled_slots, gather_spans, scatter_spans, slice_features
+from .latent_sequences import Sequences
+from .latent_spans import chunk_bounds, scatter_spans
 from .weight_gradients import GatheredWeightGradients
 
 
 Filled = tuple[ModelOutput, dict[str, torch.Tensor]]
-
-
-@dataclass
-class Sequences:
-    """Sequences with latent spans and all that the backbone wants to know of their columns.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(B, T, D)`): embeddings of the input ids.
-        is_latent (`torch.BoolTensor` of shape `(B, T)`): where `<|latent_pad|>` stands.
-        placeholders (`dict`): see `slice_features`.
-        latent_size (`int`): K.
-        seat (`AttentionSeat`): decides who sees whom.
-        past (`int`): length of the cache before the first column.
-        attention_mask (`torch.Tensor` of shape `(B, past + T)`): 0 at padding.
-        position_ids (`torch.LongTensor` of shape `(…, B, T)`): as the backbone counts.
-        mm_encoder_outputs (`dict`): image features, see `slice_features`.
-        token_type_ids (`torch.LongTensor` of shape `(B, past + T)`, *optional*): which columns are images, for
-            backbones in which an image's tokens see each other.
-        others (`dict`): inputs that are the same for all columns.
-    """
-
-    embeds: torch.Tensor
-    is_latent: torch.BoolTensor
-    placeholders: dict[str, torch.BoolTensor]
-    latent_size: int
-    seat: AttentionSeat
-    past: int
-    attention_mask: torch.Tensor
-    position_ids: torch.LongTensor
-    mm_encoder_outputs: dict[str, Any]
-    token_type_ids: torch.LongTensor | None = None
-    others: dict[str, Any] = field(default_factory=dict)
-    PER_COLUMN: ClassVar = ("attention_mask", "position_ids", "mm_encoder_outputs", "token_type_ids")
-
-    def inputs(self, start: int, embeds: torch.Tensor, cache: Cache | None) -> dict[str, Any]:
-        """The backbone's inputs for the columns from `start` on that `embeds` (B, columns, D) holds."""
-        stop = start + embeds.shape[1]
-        whole = stop == self.is_latent.shape[1]
-        mask = self.attention_mask if whole else self.attention_mask[:, : self.past + stop]
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": self.seat.mask(embeds, mask, cache),
-            "position_ids": self.position_ids[..., start:stop],
-            "past_key_values": cache,
-            "mm_encoder_outputs": slice_features(self.mm_encoder_outputs, self.placeholders, start, stop),
-            **self.others,
-        }
-        if self.token_type_ids is not None:
-            inputs["token_type_ids"] = self.token_type_ids[:, : self.past + stop]
-        return inputs
-
-    def check(self, feedback: torch.Tensor | None = None) -> None:
-        """Refuses what cannot be computed a chunk at a time, or a first latent that no `feedback` (B, D) gives."""
-        check_padding_mask(self.attention_mask)
-        if feedback is None and self.is_latent[:, 0].any():
-            raise ValueError("A sequence starts inside a latent span: <|latent_pad|> needs a column before it.")
-
-    @property
-    def num_spans(self) -> int:
-        return -(-int(self.is_latent.sum(1).max()) // self.latent_size)
-
-    def gather(self, values: torch.Tensor, num_spans: int | None = None) -> torch.Tensor:
-        """What stands at the latent positions of `values` (B, T, D): (B, S, K, D)."""
-        num_spans = self.num_spans if num_spans is None else num_spans
-        return gather_spans(values, self.is_latent, num_spans, self.latent_size)
-
-    def predict(
-        self, hidden_states: torch.Tensor, latent_head: nn.Module, num_spans: int | None = None
-    ) -> torch.Tensor:
-        """What the columns before the latents, of `hidden_states` (B, T, D), predict in their place: (B, S, K, D).
-
-        Zeros, and not the bias of the head, for the spans that a row does not have.
-        """
-        latents = latent_head(self.gather(hidden_states.roll(1, dims=1), num_spans))  # h_{t-1} in column t
-        filled = filled_slots(self.is_latent, *latents.shape[1:3])
-        return torch.where(filled.unsqueeze(-1), latents, latents.new_zeros(()))
 
 
 # ------------------------------------------------------------------------------------------------------- given latents
@@ -111,9 +34,7 @@ def fill_forced(
     latent_head: nn.Module,
     sequences: Sequences,
     latent_values: torch.Tensor,
-    latent_mask: torch.BoolTensor | None,
-    cache: Cache | None = None,
-    use_cache: bool | None = None,
+    latent_mask: torch.BoolTensor | None = None,
 ) -> Filled:
     """Puts given latents in (teacher forcing): one forward.
 
@@ -123,8 +44,6 @@ def fill_forced(
         sequences (`Sequences`): where they are put in.
         latent_values (`torch.Tensor` of shape `(B, S, K, D)`): the latents.
         latent_mask (`torch.BoolTensor` of shape `(B, S, K)`, *optional*, defaults to all): which of them are used.
-        cache (`Cache`, *optional*): of a generation.
-        use_cache (`bool`, *optional*): whether to make a cache if there is none.
 
     Raises:
         ValueError: if the latents have another K than the model.
@@ -137,7 +56,7 @@ def fill_forced(
     if latent_mask is None:
         latent_mask = torch.ones(latent_values.shape[:3], dtype=torch.bool, device=latent_values.device)
     embeds = scatter_spans(sequences.embeds, sequences.is_latent, latent_values, latent_mask)
-    outputs = core(**sequences.inputs(0, embeds, cache), use_cache=use_cache)
+    outputs = core(**sequences.inputs(0, embeds, sequences.cache))
     return outputs, {
         "predicted_latents": sequences.predict(outputs.last_hidden_state, latent_head, num_spans),
         "latent_inputs": sequences.gather(embeds, num_spans),
@@ -190,9 +109,9 @@ class ChunkForward:
 
     def __call__(self, start: int, embeds: torch.Tensor, cache: Cache | None, use_cache: bool = False) -> ModelOutput:
         """Outputs for the columns from `start` on that `embeds` (B, columns, D) holds."""
-        inputs = self.sequences.inputs(start, embeds, cache)
+        inputs = {**self.sequences.inputs(start, embeds, cache), "use_cache": use_cache}
         with self.gradients.of_chunk(embeds.shape[1]):
-            return self.core(**inputs, use_cache=use_cache)
+            return self.core(**inputs)
 
 
 def _joined(chunks: list[ModelOutput], cache: Cache | None = None) -> ModelOutput:
@@ -213,7 +132,6 @@ def fill_by_walk(
     latent_head: nn.Module,
     sequences: Sequences,
     min_chunks: int = 0,
-    cache: Cache | None = None,
     feedback: torch.Tensor | None = None,
 ) -> Filled:
     """The cached walk: each column is computed once, a chunk at a time, and the last hidden state of a chunk is the
@@ -222,7 +140,6 @@ def fill_by_walk(
     Args:
         core, latent_head, sequences: see `fill_forced`.
         min_chunks (`int`): number of forwards to run at least; the last ones have no effect.
-        cache (`Cache`, *optional*): of a generation, which the walk goes on with.
         feedback (`torch.Tensor` of shape `(B, D)`, *optional*): what a latent in the first column is, if the walk goes
             on with a cache.
 
@@ -230,7 +147,7 @@ def fill_by_walk(
         ValueError: if a sequence starts with a latent and there is no feedback, or the mask is none of the padding.
     """
     sequences.check(feedback)
-    is_latent, embeds = sequences.is_latent, sequences.embeds
+    is_latent, embeds, cache = sequences.is_latent, sequences.embeds, sequences.cache
     chunk_cache = ChunkCache.of_size(core.config.get_text_config(), is_latent.shape[1]) if cache is None else None
     chunks, inputs = [], []
     with checkpointing_with_cache(core) as checkpointed:
@@ -299,6 +216,8 @@ def fill_in_parallel(
             "`jacobi_iterations` must be at least 1 and `jacobi_gradient_iterations` between 0 and that, got "
             f"{iterations} and {gradient_iterations}."
         )
+    if sequences.cache is not None:
+        raise ValueError("jacobi_iterations computes whole sequences. Leave past_key_values out.")
     sequences.check()
     embeds, columns = sequences.embeds, sequences.is_latent.any(0).nonzero().flatten().tolist()
     # A batch without latents runs as many forwards as any other, since ranks of a sharded model wait for each other:

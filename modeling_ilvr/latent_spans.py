@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation.utils import _slice_mm_encoder_output
 
@@ -93,6 +94,12 @@ def slice_features(
     return sliced
 
 
+def placeholders_of(config: PreTrainedConfig, input_ids: torch.LongTensor) -> dict[str, torch.BoolTensor]:
+    """Where the placeholders of images and videos stand, (B, T) each; a backbone may know no videos."""
+    ids = {"image": config.image_token_id, "video": config.video_token_id}
+    return {modality: torch.eq(input_ids, -1 if i is None else i) for modality, i in ids.items()}
+
+
 @dataclass
 class ColumnFacts:
     """What a rule of attention may know of each column of whole sequences, those in the cache included.
@@ -106,6 +113,12 @@ class ColumnFacts:
     is_image: torch.BoolTensor
     is_latent: torch.BoolTensor
     latent_size: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, input_ids: torch.LongTensor) -> "ColumnFacts":
+        placeholders = placeholders_of(config, input_ids)
+        is_image = placeholders["image"] | placeholders["video"]
+        return cls(is_image, input_ids == config.latent_pad_token_id, config.latent_size)
 
     @property
     def span(self) -> torch.LongTensor:

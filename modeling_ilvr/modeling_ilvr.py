@@ -4,7 +4,6 @@ The model is a composition over any image-text-to-text backbone of transformers.
 K latents a span, D hidden, V vocabulary.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,9 +19,10 @@ from transformers.utils import ModelOutput
 from .backbone_loading import add_token_rows, check_weights, without_local_path
 from .configuration_ilvr import ILVRConfig, latent_token_ids
 from .latent_attention import AttentionRule, AttentionSeat
-from .latent_filling import Sequences, fill_by_walk, fill_forced, fill_in_parallel
+from .latent_filling import fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
-from .latent_spans import ColumnFacts, SpanState
+from .latent_sequences import Sequences, encode_inputs
+from .latent_spans import SpanState
 
 
 @dataclass
@@ -133,7 +133,7 @@ class ILVRModel(ILVRPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_input_embeddings(value)
 
     @property
@@ -207,32 +207,26 @@ class ILVRModel(ILVRPreTrainedModel):
         num_columns = (inputs_embeds if input_ids is None else input_ids).shape[1]
         state = SpanState() if past_key_values is None else SpanState.of(past_key_values, num_columns)
         is_latent = None if input_ids is None else input_ids == self.config.latent_pad_token_id
-        filling = latent_values is not None, jacobi_iterations is not None, bool(min_chunks)
-        case = self._case(is_latent, state, *filling)
+        case = self._case(is_latent, state, latent_values is not None, jacobi_iterations is not None, bool(min_chunks))
         if case is ForwardCase.STEP_AHEAD:
             outputs = ILVRModelOutput(last_hidden_state=state.take_ahead(), past_key_values=past_key_values)
             return self._with_state(outputs, state)
 
-        seat = self._seat(input_ids, state, attention_rule, attention_rule_rows)
+        seat = AttentionSeat.of(self.vlm, self.config, input_ids, state, attention_rule, attention_rule_rows)
         latents = {}
         if case is ForwardCase.STEP:
             outputs = self._step(input_ids, is_latent, state.feedback, seat, inputs)
         elif case is ForwardCase.PLAIN:
             outputs = self._plain(input_ids, inputs_embeds, seat, inputs)
-        elif case is ForwardCase.FORCED:
-            sequences, cache, use_cache = self._sequences(input_ids, is_latent, seat, inputs)
-            filled = fill_forced(self.core, self.latent_head, sequences, latent_values, latent_mask, cache, use_cache)
-            outputs, latents = filled
-        elif case is ForwardCase.WALK:
-            sequences, cache, _ = self._sequences(input_ids, is_latent, seat, inputs)
-            filled = fill_by_walk(self.core, self.latent_head, sequences, min_chunks or 0, cache, state.feedback)
-            outputs, latents = filled
         else:
-            if past_key_values is not None:
-                raise ValueError("jacobi_iterations computes whole sequences. Leave past_key_values out.")
-            sequences, _, _ = self._sequences(input_ids, is_latent, seat, inputs)
-            iterations = jacobi_iterations, jacobi_gradient_iterations
-            outputs, latents = fill_in_parallel(self.core, self.latent_head, sequences, *iterations)
+            sequences = Sequences.of(self.vlm, self.config, input_ids, seat, inputs)
+            parts = self.core, self.latent_head, sequences
+            if case is ForwardCase.FORCED:
+                outputs, latents = fill_forced(*parts, latent_values, latent_mask)
+            elif case is ForwardCase.WALK:
+                outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback)
+            else:
+                outputs, latents = fill_in_parallel(*parts, jacobi_iterations, jacobi_gradient_iterations)
         state.grow(num_columns, seat.columns)
         return self._with_state(outputs, state, **latents)
 
@@ -277,7 +271,7 @@ class ILVRModel(ILVRPreTrainedModel):
         """One column: `feedback` (B, D) in the rows that are in a span, the embedding of a word in the others."""
         embeds = self.get_input_embeddings()(input_ids)
         embeds = torch.where(is_latent.unsqueeze(-1), feedback.unsqueeze(1).to(embeds.dtype), embeds)
-        return self.core(inputs_embeds=embeds, **self._with_mask(seat, embeds, inputs))
+        return self.core(inputs_embeds=embeds, **seat.ruled(inputs, embeds))
 
     def _plain(
         self,
@@ -290,7 +284,7 @@ class ILVRModel(ILVRPreTrainedModel):
         if seat.rule is not None:
             # Positions are counted from the 2D mask, before there is one of pairs.
             inputs = self._encode(input_ids, inputs)
-            inputs = self._with_mask(seat, self.get_input_embeddings()(input_ids), inputs)
+            inputs = seat.ruled(inputs, self.get_input_embeddings()(input_ids))
         outputs = self.core(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
         if self.training and self.config.latent_head != "identity":
             # A rank whose batch has no span gives its latent head a gradient too, of zero, or DDP would wait.
@@ -298,86 +292,8 @@ class ILVRModel(ILVRPreTrainedModel):
             outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
         return outputs
 
-    def _with_mask(self, seat: AttentionSeat, embeds: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        if seat.rule is None:
-            return inputs
-        mask = seat.mask(embeds, inputs.get("attention_mask"), inputs.get("past_key_values"))
-        return {**inputs, "attention_mask": mask}
-
-    def _seat(
-        self,
-        input_ids: torch.LongTensor | None,
-        state: SpanState,
-        rule: AttentionRule | None,
-        rows: torch.BoolTensor | None,
-    ) -> AttentionSeat:
-        """The attention seat of a forward, with the facts about the columns in the cache and the new ones."""
-        columns = None
-        if rule is not None:
-            if input_ids is None:
-                raise ValueError("An attention_rule asks which columns are images and latents. Pass input_ids.")
-            placeholders = self._placeholders(input_ids)
-            is_latent = input_ids == self.config.latent_pad_token_id
-            columns = ColumnFacts(placeholders["image"] | placeholders["video"], is_latent, self.config.latent_size)
-            known = 0 if state.columns is None else state.columns.num_columns
-            if known < state.length:
-                raise ValueError(
-                    f"The cache holds {state.length} columns and attention_rule knows of {known}. Pass the same rule "
-                    "from the first forward of a cache on."
-                )
-            if state.length:
-                columns = state.columns.first(state.length).followed_by(columns)
-        return AttentionSeat(self.vlm, rule, rows, columns)
-
-    def _sequences(
-        self,
-        input_ids: torch.LongTensor,
-        is_latent: torch.BoolTensor,
-        seat: AttentionSeat,
-        inputs: dict[str, Any],
-    ) -> tuple[Sequences, Cache | None, bool | None]:
-        """Whole sequences to fill, the cache before them and whether one is asked for."""
-        inputs = self._encode(input_ids, inputs)
-        cache, use_cache = inputs.pop("past_key_values", None), inputs.pop("use_cache", None)
-        sequences = Sequences(
-            embeds=self.get_input_embeddings()(input_ids),
-            is_latent=is_latent,
-            placeholders=self._placeholders(input_ids),
-            latent_size=self.config.latent_size,
-            seat=seat,
-            past=0 if cache is None else int(cache.get_seq_length()),
-            **{name: inputs.pop(name, None) for name in Sequences.PER_COLUMN},
-            others=inputs,
-        )
-        return sequences, cache, use_cache
-
     def _encode(self, input_ids: torch.LongTensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Computes positions and image features once, since chunks are called with slices of a sequence."""
-        inputs = dict(inputs)
-        past = inputs["past_key_values"].get_seq_length() if "past_key_values" in inputs else 0
-        if "attention_mask" not in inputs:
-            inputs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
-        if "position_ids" not in inputs:
-            # Backbones with M-RoPE give images text positions, silently, unless they are told where the images are.
-            inputs.setdefault("mm_token_type_ids", self._modalities(input_ids))
-            position_ids = self.vlm._prepare_position_ids_for_generation(input_ids, inputs)
-            inputs["position_ids"] = position_ids[..., -input_ids.shape[1] :]
-        inputs.pop("mm_token_type_ids", None)
-        if "token_type_ids" in inspect.signature(self.core.forward).parameters:
-            # Gemma 3: an image's tokens see each other in both directions. It counts columns from the cache's first.
-            token_type_ids = inputs.get("token_type_ids", self._modalities(input_ids))
-            missing = int(past) + input_ids.shape[1] - token_type_ids.shape[1]
-            inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (missing, 0))
-        return self.vlm._prepare_multimodal_encoder_kwargs_for_generation(inputs)
-
-    def _placeholders(self, input_ids: torch.LongTensor) -> dict[str, torch.BoolTensor]:
-        """Where the placeholders of images and videos stand, (B, T) each; a backbone may know no videos."""
-        ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        return {modality: torch.eq(input_ids, -1 if i is None else i) for modality, i in ids.items()}
-
-    def _modalities(self, input_ids: torch.LongTensor) -> torch.IntTensor:
-        placeholders = self._placeholders(input_ids)
-        return placeholders["image"].int() + 2 * placeholders["video"].int()
+        return encode_inputs(self.vlm, self.config, input_ids, inputs)
 
 
 class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, GenerationMixin):
@@ -463,13 +379,13 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
-    def set_output_embeddings(self, value: nn.Module):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_output_embeddings(value)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:

@@ -46,15 +46,15 @@ def test_enough_iterations_have_the_logits_and_gradients_of_the_walk(model, proc
 
 
 def plain_iteration(model, inputs, iterations: int, gradient_iterations: int):
-    """Forwards of whole sequences, each fed with what the one before predicts."""
-    pads = inputs["input_ids"] == model.config.latent_pad_token_id
+    """Forwards of whole sequences, each with the latents that the one before predicts."""
+    is_latent = inputs["input_ids"] == model.config.latent_pad_token_id
     pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
-    latents = pad.expand(len(pads), int(pads.sum(1).max()) // LATENT_SIZE, LATENT_SIZE, -1)
+    latents = pad.expand(len(is_latent), int(is_latent.sum(1).max()) // LATENT_SIZE, LATENT_SIZE, -1)
     first = model(**inputs, latent_values=latents).predicted_latents[:, 0, 0]
-    starts = pads.int().argmax(1)
+    starts = is_latent.int().argmax(1)
     known = (starts == starts.min()).view(-1, 1, 1, 1)  # of a row that starts later, the first pass knows nothing
     known = known & (torch.arange(latents.shape[1] * LATENT_SIZE).view(1, -1, LATENT_SIZE, 1) == 0)
-    latents = torch.where(known, first.view(len(pads), 1, 1, -1), latents)
+    latents = torch.where(known, first.view(len(is_latent), 1, 1, -1), latents)
     for iteration in range(iterations):
         with torch.set_grad_enabled(iteration >= iterations - gradient_iterations):
             latents = model(**inputs, latent_values=latents).predicted_latents
@@ -69,8 +69,8 @@ def test_iterations_are_those_written_plainly(model, processor, iterations, grad
     found = model(**inputs, jacobi_iterations=iterations, jacobi_gradient_iterations=gradient_iterations)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-4, atol=1e-4)
-    pads = (inputs["input_ids"] == model.config.latent_pad_token_id).sum(1)
-    for row, used in enumerate(pads // LATENT_SIZE):
+    num_latents = (inputs["input_ids"] == model.config.latent_pad_token_id).sum(1)
+    for row, used in enumerate(num_latents // LATENT_SIZE):
         for name in ("latent_inputs", "predicted_latents"):
             torch.testing.assert_close(found[name][row, :used], expected[name][row, :used], rtol=1e-4, atol=1e-4)
     expected, found = (gradients(model, next_token_loss(o.logits, inputs)) for o in (expected, found))

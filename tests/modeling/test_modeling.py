@@ -113,10 +113,10 @@ def test_forced_latents_reach_their_positions_and_masked_ones_do_not(model, proc
     values = torch.randn(2, 2, LATENT_SIZE, 32)
     mask = torch.ones(2, 2, LATENT_SIZE, dtype=torch.bool)
     mask[0, 1, 2] = False
-    fed = model(**inputs, latent_values=values, latent_mask=mask).latent_inputs
+    inside = model(**inputs, latent_values=values, latent_mask=mask).latent_inputs
     pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
-    torch.testing.assert_close(fed[mask], values[mask])
-    torch.testing.assert_close(fed[0, 1, 2], pad)
+    torch.testing.assert_close(inside[mask], values[mask])
+    torch.testing.assert_close(inside[0, 1, 2], pad)
 
 
 @pytest.mark.parametrize("way", ["forced", "parallel"])
