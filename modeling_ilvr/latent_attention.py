@@ -23,10 +23,16 @@ AttentionRule = Callable[[ColumnFacts], MaskFunction]
 
 
 def hide_images_after_first_span(columns: ColumnFacts) -> MaskFunction:
-    """A rule: what comes after the first span sees an image that stands before it through the latents alone.
+    """A rule: what comes after the first span cannot look at images that stand before it, only at its latents.
 
-    The visual bottleneck of Latent Implicit Visual Reasoning (arXiv 2512.21218). Words between the image and the span
-    have seen the image and stay visible; so does an image of a later turn, which the first span did not see.
+    The bottleneck mask of Latent Implicit Visual Reasoning (LIVR, arXiv 2512.21218). Words between the image and the
+    span have seen the image and stay visible; so does an image of a later turn, which the first span did not see.
+
+    Args:
+        columns (`ColumnFacts`): of all columns.
+
+    Returns:
+        `Callable`: a mask function.
     """
     is_hidden, is_after = columns.is_image & (columns.span == 0), columns.span > 0
 

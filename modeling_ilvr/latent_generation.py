@@ -54,7 +54,8 @@ class LatentGenerationMixin:
 
         Returns:
             As `generate`. With `output_latents`, the output has a field `latents`: a list with a tensor of shape
-            `(spans, K, D)` for each returned sequence, of the spans generated in full.
+            `(spans, K, D)` for each returned sequence, of the spans generated in full. A span that the prompt has
+            begun is completed, and is not among them.
 
         Raises:
             ValueError: for a prompt padded on the right, for ways of decoding that cannot have latents (assisted,
@@ -103,7 +104,8 @@ class LatentGenerationMixin:
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
     ) -> None:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_mode_kwargs.get("assistant_model"):
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted or generation_mode_kwargs.get("assistant_model") is not None:
             raise ValueError(
                 "Assisted decoding drafts words and cannot draft latents. Remove assistant_model, "
                 "prompt_lookup_num_tokens and assistant_early_exit."
@@ -146,7 +148,7 @@ class LatentGenerationMixin:
         state = SpanState.of(past_key_values)
         if state.feedback is None:
             return inputs
-        size = self.config.latent_size
+        size, input_ids = self.config.latent_size, input_ids.to(state.feedback.device)  # `generate` takes ids on a CPU
         index = latents_at_end(input_ids, self.config.latent_pad_token_id, size) - 1  # (B,)
         span = (input_ids == self.config.latent_start_token_id).sum(1) - 1  # (B,)
         in_span = index >= 0

@@ -36,7 +36,7 @@ def gather_spans(values: torch.Tensor, is_latent: torch.BoolTensor, num_spans: i
 
 
 def filled_slots(is_latent: torch.BoolTensor, num_spans: int, latent_size: int) -> torch.BoolTensor:
-    """Which of the `(B, S, K)` slots that `gather_spans` fills a row really has."""
+    """Which of the slots of `gather_spans` hold a latent of their row, `(B, S, K)`."""
     slots = torch.arange(num_spans * latent_size, device=is_latent.device)
     return (slots < is_latent.sum(1, keepdim=True)).view(len(is_latent), num_spans, latent_size)
 
@@ -116,6 +116,7 @@ class ColumnFacts:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, input_ids: torch.LongTensor) -> "ColumnFacts":
+        """The facts about the columns of `input_ids` (B, T)."""
         placeholders = placeholders_of(config, input_ids)
         is_image = placeholders["image"] | placeholders["video"]
         return cls(is_image, input_ids == config.latent_pad_token_id, config.latent_size)
@@ -133,13 +134,16 @@ class ColumnFacts:
         return self.is_latent.shape[1]
 
     def first(self, length: int) -> "ColumnFacts":
+        """The facts of the first `length` columns."""
         return ColumnFacts(self.is_image[:, :length], self.is_latent[:, :length], self.latent_size)
 
     def followed_by(self, other: "ColumnFacts") -> "ColumnFacts":
+        """These columns and the `other` ones behind them."""
         is_image = torch.cat([self.is_image, other.is_image], dim=1)
         return ColumnFacts(is_image, torch.cat([self.is_latent, other.is_latent], dim=1), self.latent_size)
 
     def of_rows(self, rows: torch.LongTensor) -> "ColumnFacts":
+        """The facts of other rows, (B,) each by its number."""
         return ColumnFacts(self.is_image[rows], self.is_latent[rows], self.latent_size)
 
 

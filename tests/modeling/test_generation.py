@@ -249,6 +249,11 @@ def test_checkpointing_in_train_mode_is_refused_where_it_would_drop_the_cache(mo
     assert generate(model.eval(), inputs).equal(expected)
 
 
+def test_an_assistant_is_refused(model, inputs):
+    with pytest.raises(ValueError, match="Assisted decoding"):
+        model.generate(**inputs, assistant_model=model.vlm)
+
+
 def test_continuous_batching_is_refused_at_once(model):
     with pytest.raises(ValueError, match="Call generate with a dynamic cache"):
         model.generate_batch([[1, 2]])
