@@ -46,13 +46,10 @@ def fill_forced(
         latent_mask (`torch.BoolTensor` of shape `(B, S, K)`, *optional*, defaults to all): which of them are used.
 
     Raises:
-        ValueError: if the latents have another K than the model.
+        ValueError: if the latents are not those of these sequences and this model.
     """
-    num_spans, size = latent_values.shape[1:3]
-    if size != sequences.latent_size:
-        raise ValueError(
-            f"latent_values holds {size} latents a span; the model's latent_size is {sequences.latent_size}."
-        )
+    _check_latents(sequences, latent_values, latent_mask)
+    num_spans = latent_values.shape[1]
     if latent_mask is None:
         latent_mask = torch.ones(latent_values.shape[:3], dtype=torch.bool, device=latent_values.device)
     embeds = scatter_spans(sequences.embeds, sequences.is_latent, latent_values, latent_mask)
@@ -61,6 +58,29 @@ def fill_forced(
         "predicted_latents": sequences.predict(outputs.last_hidden_state, latent_head, num_spans),
         "latent_inputs": sequences.gather(embeds, num_spans),
     }
+
+
+def _check_latents(sequences: Sequences, latent_values: torch.Tensor, latent_mask: torch.BoolTensor | None) -> None:
+    batch_size, num_spans, size, hidden_size = latent_values.shape
+    if size != sequences.latent_size:
+        raise ValueError(
+            f"latent_values holds {size} latents a span; the model's latent_size is {sequences.latent_size}."
+        )
+    rows, _, width = sequences.embeds.shape
+    if (batch_size, hidden_size) != (rows, width):
+        raise ValueError(
+            f"latent_values has shape {tuple(latent_values.shape)}; it should be ({rows}, spans, {size}, {width})."
+        )
+    counts = sequences.is_latent.sum(1)
+    if counts.max() > num_spans * size:
+        raise ValueError(
+            f"Row {int(counts.argmax())} has {int(counts.max())} latent positions and latent_values holds "
+            f"{num_spans * size} a row: {num_spans} spans of {size}. Give latents for all spans."
+        )
+    if latent_mask is not None and latent_mask.shape != latent_values.shape[:3]:
+        raise ValueError(
+            f"latent_mask has shape {tuple(latent_mask.shape)}; latent_values needs {tuple(latent_values.shape[:3])}."
+        )
 
 
 # ------------------------------------------------------------------------------------------ chunks and their gradients

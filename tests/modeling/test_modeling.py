@@ -130,9 +130,20 @@ def test_spans_that_a_row_does_not_have_predict_nothing(backbone_dir, processor,
     assert predicted[1, 1].eq(0).all() and predicted[0].any(-1).all() and predicted[1, 0].any(-1).all()
 
 
-def test_latents_of_another_size_are_refused(model, processor):
-    with pytest.raises(ValueError, match="5 latents a span; the model's latent_size is 3"):
-        model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(2, 2, 5, 32))
+@pytest.mark.parametrize(
+    ("shape", "mask", "message"),
+    [
+        ((2, 2, 5, 32), None, "5 latents a span; the model's latent_size is 3"),
+        ((3, 2, 3, 32), None, r"shape \(3, 2, 3, 32\); it should be \(2, spans, 3, 32\)"),
+        ((2, 2, 3, 16), None, r"shape \(2, 2, 3, 16\); it should be \(2, spans, 3, 32\)"),
+        ((2, 1, 3, 32), None, "Row 0 has 6 latent positions and latent_values holds 3 a row: 1 spans of 3"),
+        ((2, 2, 3, 32), (2, 2), r"latent_mask has shape \(2, 2\); latent_values needs \(2, 2, 3\)"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(model, processor, shape, mask, message):
+    mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(shape), latent_mask=mask)
 
 
 def test_precomputed_image_features_equal_pixels(model, processor):
