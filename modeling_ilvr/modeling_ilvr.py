@@ -192,9 +192,11 @@ class ILVRModel(ILVRPreTrainedModel):
             kwargs: further inputs of the backbone (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …).
 
         Raises:
-            ValueError: if `latent_values` has another K than the config, a sequence starts inside a span, the numbers
-                of iterations are out of range, or the backbone cannot follow an `attention_rule`.
+            ValueError: if there are not either ids or embeddings, `latent_values` do not fit, a sequence starts inside
+                a span, the numbers of iterations are out of range, or the backbone cannot follow an `attention_rule`.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
         inputs = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,

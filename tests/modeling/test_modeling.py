@@ -146,6 +146,14 @@ def test_latents_that_do_not_fit_are_refused(model, processor, shape, mask, mess
         model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(shape), latent_mask=mask)
 
 
+def test_ids_and_embeddings_at_once_are_refused(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(**inputs, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(attention_mask=inputs["attention_mask"])
+
+
 def test_precomputed_image_features_equal_pixels(model, processor):
     inputs = encode(processor, SPAN_SAMPLES)
     expected = model(**inputs).logits
