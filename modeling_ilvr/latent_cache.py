@@ -1,8 +1,15 @@
-"""The past of a piece of a sequence, for forward passes whose gradients flow through all pieces."""
+"""The past of a chunk of a sequence, for forward passes whose gradients flow through all chunks.
 
+Keys and values are (B, heads, columns, head size), B batch.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -15,7 +22,9 @@ class _Past(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, chunk, turn, states, start):
+    def forward(
+        ctx: Any, chunk: torch.Tensor, turn: torch.Tensor | None, states: "_States", start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         ctx.states, ctx.start, ctx.stop = states, start, start + chunk.shape[-2]
         # `.data` has its own version counter: later chunks do not touch the columns that are handed out here.
@@ -24,7 +33,9 @@ class _Past(torch.autograd.Function):
         return written, chunk.new_zeros(())
 
     @staticmethod
-    def backward(ctx, gradient, _):
+    def backward(
+        ctx: Any, gradient: torch.Tensor | None, _: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
         states = ctx.states
         if states.gradients is None or ctx.stop > states.visited:  # another backward pass
             states.gradients = torch.zeros_like(states.buffer)
@@ -44,7 +55,9 @@ class _States:
         self.buffer = self.gradients = None
         self.visited = 0
 
-    def extend(self, chunk, turn, start: int, num_columns: int):
+    def extend(
+        self, chunk: torch.Tensor, turn: torch.Tensor | None, start: int, num_columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.buffer is None:
             self.buffer = chunk.new_empty(*chunk.shape[:-2], num_columns, chunk.shape[-1])
         return _Past.apply(chunk, turn, self, start)
@@ -56,12 +69,20 @@ class _ChunkLayer(DynamicLayer):
     The turns are kept here and not with the states, to which the graph refers: nothing would free that circle.
     """
 
-    def __init__(self, num_columns: int, start: int = 0, states=None, turns=(None, None)):
+    def __init__(
+        self,
+        num_columns: int,
+        start: int = 0,
+        states: tuple[_States, _States] | None = None,
+        turns: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ):
         super().__init__()
         self.num_columns, self.start = num_columns, start
         self.states, self.turns = states or (_States(), _States()), turns
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         (keys, key_turn), (values, value_turn) = (
             states.extend(chunk, turn, self.start, self.num_columns)
             for states, chunk, turn in zip(self.states, (key_states, value_states), self.turns)
@@ -77,13 +98,15 @@ class _ChunkLayer(DynamicLayer):
 
 
 class _ConcatLayer(DynamicLayer):
-    """Keys and values of a layer before a piece, which may be computed many times, each time with its own copy."""
+    """Keys and values of a layer before a chunk, which may be computed many times, each time with its own copy."""
 
-    def __init__(self, keys=None, values=None):
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
         super().__init__()
         self.keys, self.values = keys, values
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is not None:
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
@@ -104,7 +127,9 @@ class _ChunkLinearLayer(LinearAttentionLayer):
         super().__init__()
         self.record_past = True  # so that the layer does not take its path for one token, which writes in place
 
-    def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         if self.has_previous_state[state_idx]:
             conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
         missing = max(0, conv_kernel_size - conv_states.shape[-1])
@@ -112,7 +137,9 @@ class _ChunkLinearLayer(LinearAttentionLayer):
         self.extended_conv = conv_states[..., -conv_kernel_size:]
         return conv_states
 
-    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
         self.extended_recurrent = recurrent_states
         return recurrent_states
 
@@ -136,7 +163,7 @@ class ChunkCache(Cache):
     """
 
     @classmethod
-    def of_size(cls, config, num_columns: int) -> "ChunkCache":
+    def of_size(cls, config: PreTrainedConfig, num_columns: int) -> "ChunkCache":
         """The past of the first chunk of a walk over `num_columns` columns.
 
         Args:
@@ -148,15 +175,15 @@ class ChunkCache(Cache):
         return cls._of_layers(config, lambda: _ChunkLayer(num_columns))
 
     @classmethod
-    def concatenating(cls, config) -> "ChunkCache":
-        """The past of the first of two pieces, for a second one that is computed several times.
+    def concatenating(cls, config: PreTrainedConfig) -> "ChunkCache":
+        """The past of the first of two chunks, for a second one that is computed several times.
 
         Args and errors are those of `of_size`.
         """
         return cls._of_layers(config, _ConcatLayer)
 
     @classmethod
-    def _of_layers(cls, config, attention_layer) -> "ChunkCache":
+    def _of_layers(cls, config: PreTrainedConfig, attention_layer: Callable[[], DynamicLayer]) -> "ChunkCache":
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         unknown = sorted(set(types) - LAYER_TYPES)
         if unknown:
@@ -173,7 +200,7 @@ class ChunkCache(Cache):
 
 
 @contextmanager
-def checkpointing_with_cache(model):
+def checkpointing_with_cache(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Lets gradient checkpointing keep the cache while the walk runs.
 
     Layers drop the cache under checkpointing, because a replay would write to it a second time. A `ChunkCache` is

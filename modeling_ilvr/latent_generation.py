@@ -1,55 +1,30 @@
-"""Latent spans inside `generate`: which ids are forced, and which vector the next step is fed.
+"""Latent spans inside `generate`: which vector goes into the next step, and what is returned.
 
-The decoding loop is that of transformers; only hooks that it calls are overridden. What travels from step to step is
-one vector a row, `latent_feedback` (B, D), kept on the cache, so that it is reordered and returned with it. With
-`jacobi_iterations` the cache also holds `latent_plan` (B, K, D), the latents of the span that a row is in, and
-`columns_ahead` (B, columns, D), the last hidden states of columns that it has computed before their steps.
+The decoding loop is that of transformers; only hooks that it calls are overridden. What travels from step to step is a
+[`SpanState`] on the cache, so that it is reordered and returned with it.
 
 B batch (times beams), T sequence, K latents a span, D hidden, V vocabulary.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor
-from transformers.generation import GenerationMixin
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 
-
-class LatentSpanLogitsProcessor(LogitsProcessor):
-    """Once a row has produced `<|latent_start|>`, forces K times `<|latent_pad|>` and then `<|latent_end|>`.
-
-    Each row is in its own phase, read off its last K + 1 ids. A forced id has log-probability 0. Outside a span
-    `<|latent_pad|>`, `<|latent_end|>` and the ids in `suppressed` (image and video placeholders) cannot be sampled.
-    """
-
-    def __init__(self, start_id: int, pad_id: int, end_id: int, latent_size: int, suppressed: tuple[int, ...] = ()):
-        self.start_id, self.pad_id, self.end_id, self.latent_size = start_id, pad_id, end_id, latent_size
-        self.never_free = [pad_id, end_id, *suppressed]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        recent = input_ids[:, -self.latent_size :] == self.pad_id
-        num_pads = recent.flip(1).long().cumprod(1).sum(1)  # (B,): pads in a row at the end
-        in_span = (input_ids[:, -1] == self.start_id) | (num_pads > 0)
-        forced_id = torch.where(num_pads < self.latent_size, self.pad_id, self.end_id)  # (B,)
-
-        forced = torch.full_like(scores, -torch.inf).scatter(1, forced_id.unsqueeze(1), 0.0)
-        free = scores.clone()
-        free[:, self.never_free] = -torch.inf
-        return torch.where(in_span.unsqueeze(1), forced, free)
-
-
-@dataclass
-class LatentControl:
-    """What a call of `generate` asked to be done with the latents.
-
-    `history` maps the column of a latent to the vectors (B, D) that were put in there.
-    """
-
-    intervention: Callable | None = None
-    history: dict[int, torch.Tensor] | None = None
-    jacobi_iterations: int | None = None
+from .latent_attention import AttentionSeat
+from .latent_decoding import (
+    CONTINUOUS_BATCHING,
+    Intervention,
+    LatentControl,
+    LatentSpanLogitsProcessor,
+    check_decoding,
+    latents_at_end,
+)
+from .latent_spans import SpanState
 
 
 class LatentGenerationMixin:
@@ -57,12 +32,12 @@ class LatentGenerationMixin:
 
     def generate(
         self,
-        *args,
+        *args: Any,
         output_latents: bool = False,
-        latent_intervention: Callable | None = None,
+        latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Generates words and latent spans. As [`~transformers.GenerationMixin.generate`], and:
 
         Args:
@@ -79,152 +54,257 @@ class LatentGenerationMixin:
 
         Returns:
             As `generate`. With `output_latents`, the output has a field `latents`: a list with a tensor of shape
-            `(spans, K, D)` for each returned sequence, of the spans generated in full.
+            `(spans, K, D)` for each returned sequence, of the spans generated in full. A span that the prompt has
+            begun is completed, and is not among them.
 
         Raises:
-            ValueError: for assisted or prompt-lookup decoding, and where latents are asked for without a cache or
+            ValueError: for a prompt padded on the right, for ways of decoding that cannot have latents (assisted,
+                prompt lookup, guidance, continuous batching), and where latents are asked for without a cache or
                 without `return_dict_in_generate=True`, or at once with hidden states or attentions of all layers.
         """
-        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None:
-            raise ValueError(
-                "Assisted decoding drafts words and cannot draft latents. Remove assistant_model and "
-                "prompt_lookup_num_tokens."
-            )
+        control = None
         if output_latents or latent_intervention is not None or jacobi_iterations is not None:
-            if kwargs.get("use_cache") is False:
-                raise ValueError("output_latents, latent_intervention and jacobi_iterations need use_cache=True.")
             history = {} if output_latents else None
-            kwargs["latent_control"] = LatentControl(latent_intervention, history, jacobi_iterations)
-        if jacobi_iterations is not None:
-            if jacobi_iterations < 1:
-                raise ValueError(f"`jacobi_iterations` must be at least 1, got {jacobi_iterations}.")
-            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-                raise ValueError("jacobi_iterations keeps no hidden states or attentions of each step to return.")
-        if output_latents and not kwargs.get("return_dict_in_generate"):
-            raise ValueError("output_latents=True needs return_dict_in_generate=True, to have a place for them.")
-        outputs = super().generate(*args, **kwargs)
-        ahead = getattr(getattr(outputs, "past_key_values", None), "columns_ahead", None)
-        if ahead is not None and ahead.shape[1]:  # stopped within a span
-            outputs.past_key_values.crop(-ahead.shape[1])
-            del outputs.past_key_values.columns_ahead
+            control = kwargs["latent_control"] = LatentControl(latent_intervention, history, jacobi_iterations)
+        caches = [kwargs.get("past_key_values")]
+        try:
+            outputs = super().generate(*args, **kwargs)
+            caches.append(getattr(outputs, "past_key_values", None))
+        finally:
+            for cache in caches:
+                SpanState.drop_ahead(cache)  # it may have stopped within a span
         if output_latents:
-            outputs.latents = self._collect_latents(outputs, kwargs["latent_control"].history)
+            outputs.latents = self._collect_latents(outputs, control.history)
         return outputs
 
-    generate.__signature__ = inspect.signature(GenerationMixin.generate)
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: continuous batching."""
+        raise ValueError(CONTINUOUS_BATCHING)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, latent_control=None, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: continuous batching."""
+        raise ValueError(CONTINUOUS_BATCHING)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        # The first hook that sees the settings as they hold, whether from a config, the model's own or a keyword.
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        check_decoding(generation_config)
+        control = model_kwargs.get("latent_control")
+        if control is not None:
+            control.check(generation_config)
+        if generation_config.use_cache and self.training and self.is_activation_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing in train mode drops the cache, and with it the latents. Call model.eval() "
+                "before generate, or pass use_cache=False."
+            )
+        return generation_config, model_kwargs
+
+    def _validate_generation_mode(
+        self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
+    ) -> None:
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted or generation_mode_kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "Assisted decoding drafts words and cannot draft latents. Remove assistant_model, "
+                "prompt_lookup_num_tokens and assistant_early_exit."
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        mask, control = model_kwargs.get("attention_mask"), model_kwargs.get("latent_control")
+        if mask is not None and mask.ndim == 2 and not (last := mask[:, -1].bool()).all():
+            raise ValueError(
+                f"The prompts of rows {(~last).nonzero().flatten().tolist()} end in padding, so that their answers "
+                'would start behind it. Pad with padding_side="left".'
+            )
+        if name == "input_ids" and control is not None and control.jacobi_iterations is not None:
+            started = latents_at_end(inputs, self.config.latent_pad_token_id, self.config.latent_size)
+            half = (started > 0) & (started < self.config.latent_size)
+            if half.any():
+                raise ValueError(
+                    f"The prompts of rows {half.nonzero().flatten().tolist()} end within a latent span, and "
+                    "jacobi_iterations computes whole spans. Leave it out, or end the prompt before the span."
+                )
+        return inputs, name, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        latent_control: LatentControl | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-        feedback = getattr(past_key_values, "latent_feedback", None)
-        if latent_control is None or feedback is None:
+        is_step = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
+        if kwargs.get("token_type_ids") is not None and not is_step:
+            inputs["token_type_ids"] = kwargs["token_type_ids"]  # counted from the first column, also of a later chunk
+        if latent_control is None or past_key_values is None or not is_step:
             return inputs
-        pads = input_ids == self.config.latent_pad_token_id
-        in_span, number = pads[:, -1], pads.sum(1) - 1  # (B,)
+        state = SpanState.of(past_key_values)
+        if state.feedback is None:
+            return inputs
+        size, input_ids = self.config.latent_size, input_ids.to(state.feedback.device)  # `generate` takes ids on a CPU
+        index = latents_at_end(input_ids, self.config.latent_pad_token_id, size) - 1  # (B,)
+        span = (input_ids == self.config.latent_start_token_id).sum(1) - 1  # (B,)
+        in_span = index >= 0
         if latent_control.jacobi_iterations is not None:
-            starts = in_span & (input_ids[:, -2] == self.config.latent_start_token_id)
+            starts = index == 0
             if starts.any():
-                self._plan_span(inputs, starts, number, latent_control)
-            plan = getattr(past_key_values, "latent_plan", None)
-            if plan is not None:
-                planned = plan[torch.arange(len(plan), device=plan.device), number % self.config.latent_size]
-                feedback = torch.where(in_span.unsqueeze(1), planned, feedback)
+                self._plan_span(inputs, state, starts, span, latent_control)
+            if state.plan is not None:
+                planned = state.plan[torch.arange(len(state.plan), device=index.device), index.clamp(min=0)]
+                state.feedback = torch.where(in_span.unsqueeze(1), planned, state.feedback)
         else:
-            feedback = self._intervene(latent_control, feedback, in_span, number)
-        past_key_values.latent_feedback = feedback
+            state.feedback = self._intervene(latent_control, state.feedback, in_span, span, index)
         if latent_control.history is not None:
-            latent_control.history[input_ids.shape[1] - 1] = feedback
+            latent_control.history[input_ids.shape[1] - 1] = state.feedback
         return inputs
 
-    def _intervene(self, control: LatentControl, latents, rows, number):
-        """`latents` (B, D), the ones of `number` (B,) in their rows, with what the intervention makes of those."""
+    def _intervene(
+        self,
+        control: LatentControl,
+        latents: torch.Tensor,
+        rows: torch.BoolTensor,
+        span: torch.LongTensor,
+        index: torch.LongTensor,
+    ) -> torch.Tensor:
+        """`latents` (B, D), number `index` of `span` in their rows, with what the intervention makes of `rows`."""
         if control.intervention is None:
             return latents
-        size = self.config.latent_size
-        changed = control.intervention(latents, number // size, number % size)
+        changed = control.intervention(latents, span, index)
         return torch.where(rows.unsqueeze(1), changed.to(latents), latents)
 
-    def _plan_span(self, inputs, starts, number, control: LatentControl):
+    def _plan_span(
+        self,
+        inputs: dict[str, Any],
+        state: SpanState,
+        starts: torch.BoolTensor,
+        span: torch.LongTensor,
+        control: LatentControl,
+    ) -> None:
         """Computes the latents of the spans that the rows `starts` (B,) enter, by Jacobi iteration over K columns."""
-        cache, size, mask = inputs["past_key_values"], self.config.latent_size, inputs.get("attention_mask")
+        cache, size = inputs["past_key_values"], self.config.latent_size
         if cache.is_compileable or not cache.is_croppable:
             raise ValueError(
                 f"jacobi_iterations computes columns again, which a {type(cache).__name__} of this model does not "
                 "allow. Use a dynamic cache with attention layers alone, or leave jacobi_iterations out."
             )
         cache.activate_past_recording()  # sliding windows are cropped, too
-        embeds = self.get_input_embeddings()(inputs["input_ids"].expand(-1, size))  # of `<|latent_pad|>`, in `starts`
-        offsets = torch.arange(size, device=embeds.device)
+        input_ids = inputs["input_ids"].expand(-1, size)
+        embeds = self.get_input_embeddings()(input_ids)  # of `<|latent_pad|>`, in `starts`
+        rule = inputs.get("attention_rule"), inputs.get("attention_rule_rows")
+        seat = AttentionSeat.of(self.model.vlm, self.config, input_ids, state, *rule)
+        forward = self._span_forward(inputs, seat, size, embeds.dtype)
 
-        def forward(latents):
-            length = latents.shape[1]
-            grown = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), length - 1)], dim=1)
-            return self.model.core(
-                inputs_embeds=latents.to(embeds.dtype),
-                attention_mask=grown,
-                position_ids=inputs["position_ids"][..., -1:] + offsets[:length],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-
-        def intervene(latents):
-            columns = [self._intervene(control, latents[:, i], starts, number + i) for i in range(latents.shape[1])]
+        def intervene(latents: torch.Tensor) -> torch.Tensor:
+            columns = [
+                self._intervene(control, latents[:, i], starts, span, torch.full_like(span, i))
+                for i in range(latents.shape[1])
+            ]
             return torch.stack(columns, dim=1)
 
-        first = cache.latent_feedback.unsqueeze(1)
+        first = state.feedback.unsqueeze(1)
         latents = intervene(torch.cat([first, embeds[:, 1:].to(first.dtype)], dim=1))
         for _ in range(control.jacobi_iterations if size > 1 else 0):
             hidden = forward(latents[:, :-1])
             cache.crop(1 - size)
             latents = intervene(torch.cat([first, self.model.latent_head(hidden)], dim=1))
-        plan = getattr(cache, "latent_plan", latents)
-        cache.latent_plan = torch.where(starts.view(-1, 1, 1), latents, plan)
+        state.plan = latents if state.plan is None else torch.where(starts.view(-1, 1, 1), latents, state.plan)
         if starts.all():
-            cache.columns_ahead = forward(latents)
+            state.ahead = forward(latents)
+            state.grow(size, seat.columns)
 
-    def _collect_latents(self, outputs, history) -> list[torch.Tensor]:
+    def _span_forward(
+        self, inputs: dict[str, Any], seat: AttentionSeat, size: int, dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The backbone on the columns of a span that comes next, from latents to last hidden states (B, columns, D).
+
+        Args:
+            inputs (`dict`): of the step that enters the span.
+            seat (`AttentionSeat`): decides what its columns see.
+            size (`int`): K.
+            dtype (`torch.dtype`): of input embeddings.
+        """
+        cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+        offsets = torch.arange(size, device=inputs["position_ids"].device)
+
+        def forward(latents: torch.Tensor) -> torch.Tensor:
+            length, latents = latents.shape[1], latents.to(dtype)
+            grown = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), length - 1)], dim=1)
+            return self.model.core(
+                inputs_embeds=latents,
+                attention_mask=seat.mask(latents, grown, cache),
+                position_ids=inputs["position_ids"][..., -1:] + offsets[:length],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+        return forward
+
+    def _collect_latents(self, outputs: Any, history: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         """Sorts the recorded vectors by returned row and span: a list of (spans, K, D)."""
         sequences, size = outputs.sequences, self.config.latent_size
         beam_indices = getattr(outputs, "beam_indices", None)
         hidden_size = self.config.get_text_config().hidden_size
         latents = []
         for row, ids in enumerate(sequences):
-            pads = (ids == self.config.latent_pad_token_id).nonzero().flatten().tolist()
-            columns = [column for column in pads if column in history]
+            is_latent = (ids == self.config.latent_pad_token_id).tolist()
             found = []
-            for column in columns[: len(columns) // size * size]:
-                # The step that produced the next column was fed this latent, in the row of the beam that went on.
-                next_column = column + 1 - len(ids)
-                source = row if beam_indices is None else int(beam_indices[row, next_column])
-                found.append(history[column][source])
+            for first in range(len(ids) - size + 1):
+                span = range(first, first + size)
+                starts = is_latent[first] and not (first and is_latent[first - 1])
+                if not starts or not all(is_latent[column] and column in history for column in span):
+                    continue  # no span, one of the prompt or begun there, or one that was cut off
+                for column in span:
+                    # The step that produced the next column had this latent as input, in the beam that went on.
+                    next_column = column + 1 - len(ids)
+                    source = row if beam_indices is None else int(beam_indices[row, next_column])
+                    found.append(history[column][source])
             empty = torch.zeros(0, size, hidden_size, device=ids.device)
             latents.append(torch.stack(found).view(-1, size, hidden_size) if found else empty)
         return latents
 
-    def _get_logits_processor(self, *args, **kwargs):
-        processors = super()._get_logits_processor(*args, **kwargs)
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
         config = self.config
         placeholders = tuple(i for i in (config.image_token_id, config.video_token_id) if i is not None)
-        processors.append(
-            LatentSpanLogitsProcessor(
-                config.latent_start_token_id,
-                config.latent_pad_token_id,
-                config.latent_end_token_id,
-                config.latent_size,
-                placeholders,
-            )
+        spans = LatentSpanLogitsProcessor(
+            config.latent_start_token_id,
+            config.latent_pad_token_id,
+            config.latent_end_token_id,
+            config.latent_size,
+            placeholders,
+            check=prefix_allowed_tokens_fn is not None,
         )
-        return processors
+        # The last of the caller's own processors: it has the last word on what may come, and the warpers of sampling
+        # (top_p, min_p, …) come after it. They would else keep ids that are forbidden, and of a row nothing.
+        return super()._get_logits_processor(
+            generation_config=generation_config,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            logits_processor=LogitsProcessorList([*(logits_processor or []), spans]),
+            **kwargs,
+        )
 
-    def _reorder_cache(self, past_key_values, beam_idx):
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
         past_key_values.reorder_cache(beam_idx)
-        for name in ("latent_feedback", "latent_plan", "columns_ahead"):
-            if getattr(past_key_values, name, None) is not None:
-                setattr(past_key_values, name, getattr(past_key_values, name).index_select(0, beam_idx))
+        SpanState.of(past_key_values).reorder(beam_idx)
         return past_key_values
 
-    def _validate_model_kwargs(self, model_kwargs):
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         backbone_inputs = inspect.signature(self.model.vlm.forward).parameters
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in backbone_inputs})
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.LongTensor:
         return self.model.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

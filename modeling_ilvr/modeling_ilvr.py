@@ -4,8 +4,10 @@ The model is a composition over any image-text-to-text backbone of transformers.
 K latents a span, D hidden, V vocabulary.
 """
 
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +18,11 @@ from transformers.utils import ModelOutput
 
 from .backbone_loading import add_token_rows, check_weights, without_local_path
 from .configuration_ilvr import ILVRConfig, latent_token_ids
-from .latent_cache import ChunkCache, checkpointing_with_cache
+from .latent_attention import AttentionRule, AttentionSeat
+from .latent_filling import fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
-from .latent_rollout import SlicedForward, gather_spans, roll_out, roll_out_in_parallel, scatter_spans
+from .latent_sequences import Sequences, encode_inputs
+from .latent_spans import SpanState
 
 
 @dataclass
@@ -28,8 +32,8 @@ class ILVRModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`): after the final norm.
-        past_key_values (`Cache`, *optional*): with `latent_feedback` (B, D), the vector that a latent in the next
-            column would be.
+        past_key_values (`Cache`, *optional*): with `latent_spans` ([`SpanState`]), which holds the vector that a
+            latent in the next column would be.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): of each layer.
         attentions (`tuple[torch.FloatTensor]`, *optional*): of each layer; not returned by the cached walk.
         predicted_latents (`torch.FloatTensor` of shape `(B, S, K, D)`, *optional*): what the model predicts at each
@@ -79,7 +83,7 @@ class ILVRLatentHead(nn.Module):
                 nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
             )
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.layers(hidden_states)
 
 
@@ -90,8 +94,20 @@ class ILVRPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _can_compile_fullgraph = True
+    # Whether there is a latent among the ids decides how a forward runs, and is looked up while it runs.
+    _can_compile_fullgraph = False
     input_modalities = ("image", "video", "text")
+
+
+class ForwardCase(StrEnum):
+    """What a forward has to do about latents."""
+
+    PLAIN = "plain"  # nothing: there are none
+    STEP = "step"  # of a generation: one column, a latent or a word
+    STEP_AHEAD = "step ahead"  # of a generation whose column was computed before
+    FORCED = "forced"  # put given ones in
+    WALK = "walk"  # compute them one after the other
+    PARALLEL = "parallel"  # compute them all at once
 
 
 class ILVRModel(ILVRPreTrainedModel):
@@ -114,19 +130,19 @@ class ILVRModel(ILVRPreTrainedModel):
         """The backbone without its language-model head."""
         return self.vlm.base_model
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_input_embeddings(value)
 
     @property
-    def get_image_features(self):
+    def get_image_features(self) -> Callable[..., ModelOutput]:
         # A property, so that the signature that `generate` inspects is the backbone's own.
         return self.core.get_image_features
 
     @property
-    def get_video_features(self):
+    def get_video_features(self) -> Callable[..., ModelOutput]:
         return self.core.get_video_features
 
     def forward(
@@ -143,7 +159,9 @@ class ILVRModel(ILVRPreTrainedModel):
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
         min_chunks: int | None = None,
-        **kwargs,
+        attention_rule: AttentionRule | None = None,
+        attention_rule_rows: torch.BoolTensor | None = None,
+        **kwargs: Any,
     ) -> ILVRModelOutput:
         """Runs the backbone and fills the latent positions of `input_ids`.
 
@@ -166,12 +184,19 @@ class ILVRModel(ILVRPreTrainedModel):
                 the gradient flows; with 0 the latents are constants.
             min_chunks (`int`, *optional*): lengthens the walk by forwards of no effect up to this many. The ranks of a
                 model that is sharded have to run equally many, since each gathers weights from all.
+            attention_rule (`Callable`, *optional*): takes pairs of columns away from the attention mask, such as
+                [`hide_images_after_first_span`]. A function of the [`ColumnFacts`] of all columns that returns a mask
+                function of transformers. Needs `input_ids`, and the attention implementation "sdpa" or "eager".
+            attention_rule_rows (`torch.BoolTensor` of shape `(B,)`, *optional*, defaults to all): rows that the rule
+                holds for.
             kwargs: further inputs of the backbone (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …).
 
         Raises:
-            ValueError: if `latent_values` has another K than the config, a sequence starts inside a span, or the
-                numbers of iterations are out of range.
+            ValueError: if there are not either ids or embeddings, `latent_values` do not fit, a sequence starts inside
+                a span, the numbers of iterations are out of range, or the backbone cannot follow an `attention_rule`.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
         inputs = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -181,38 +206,54 @@ class ILVRModel(ILVRPreTrainedModel):
             **kwargs,
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        pads = None if input_ids is None else input_ids == self.config.latent_pad_token_id
-        feedback = getattr(past_key_values, "latent_feedback", None)
-        ahead = getattr(past_key_values, "columns_ahead", None)
-        if ahead is not None and ahead.shape[1]:
-            # A step of generation whose column was computed with the first of its span.
-            past_key_values.columns_ahead = ahead[:, 1:]
-            outputs = ILVRModelOutput(last_hidden_state=ahead[:, :1], past_key_values=past_key_values)
-        elif pads is not None and feedback is not None and pads.shape[1] == 1:
-            # A step of generation: no look at the values, so that nothing waits for the device.
-            embeds = self.get_input_embeddings()(input_ids)
-            embeds = torch.where(pads.unsqueeze(-1), feedback.unsqueeze(1).to(embeds.dtype), embeds)
-            outputs = self.core(inputs_embeds=embeds, **inputs)
-        elif pads is None or not (min_chunks or pads.any()):
-            outputs = self.core(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
-            if self.training and self.config.latent_head != "identity":
-                # A rank whose batch has no span gives its latent head a gradient too, of zero, or DDP would wait.
-                hidden = outputs.last_hidden_state
-                outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
-        else:
-            inputs = self._encode(input_ids, inputs)
-            if latent_values is not None:
-                return self._forced(input_ids, pads, latent_values, latent_mask, **inputs)
-            if jacobi_iterations is not None:
-                return self._jacobi(input_ids, pads, jacobi_iterations, jacobi_gradient_iterations, **inputs)
-            return self._rollout(input_ids, pads, min_chunks or 0, **inputs)
-        return self._with_feedback(outputs)
+        num_columns = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        state = SpanState() if past_key_values is None else SpanState.of(past_key_values, num_columns)
+        is_latent = None if input_ids is None else input_ids == self.config.latent_pad_token_id
+        case = self._case(is_latent, state, latent_values is not None, jacobi_iterations is not None, bool(min_chunks))
+        if case is ForwardCase.STEP_AHEAD:
+            outputs = ILVRModelOutput(last_hidden_state=state.take_ahead(), past_key_values=past_key_values)
+            return self._with_state(outputs, state)
 
-    def _with_feedback(self, outputs, **latents) -> ILVRModelOutput:
+        seat = AttentionSeat.of(self.vlm, self.config, input_ids, state, attention_rule, attention_rule_rows)
+        latents = {}
+        if case is ForwardCase.STEP:
+            outputs = self._step(input_ids, is_latent, state.feedback, seat, inputs)
+        elif case is ForwardCase.PLAIN:
+            outputs = self._plain(input_ids, inputs_embeds, seat, inputs)
+        else:
+            sequences = Sequences.of(self.vlm, self.config, input_ids, seat, inputs)
+            parts = self.core, self.latent_head, sequences
+            if case is ForwardCase.FORCED:
+                outputs, latents = fill_forced(*parts, latent_values, latent_mask)
+            elif case is ForwardCase.WALK:
+                outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback)
+            else:
+                outputs, latents = fill_in_parallel(*parts, jacobi_iterations, jacobi_gradient_iterations)
+        state.grow(num_columns, seat.columns)
+        return self._with_state(outputs, state, **latents)
+
+    def _case(
+        self, is_latent: torch.BoolTensor | None, state: SpanState, forced: bool, parallel: bool, walked: bool
+    ) -> ForwardCase:
+        if is_latent is not None and is_latent.shape[1] == 1 and not forced:
+            if state.has_columns_ahead:
+                return ForwardCase.STEP_AHEAD
+            if state.feedback is not None:
+                # No look at the values, so that nothing waits for the device.
+                return ForwardCase.STEP
+        if is_latent is None or not (walked or is_latent.any()):
+            return ForwardCase.PLAIN
+        if forced:
+            return ForwardCase.FORCED
+        return ForwardCase.PARALLEL if parallel else ForwardCase.WALK
+
+    def _with_state(self, outputs: ModelOutput, state: SpanState, **latents: torch.Tensor) -> ILVRModelOutput:
+        """The outputs of this model, and on their cache what the next column will need."""
         hidden, cache = outputs.last_hidden_state, outputs.past_key_values
         if cache is not None:
             # A copy: a view would keep the hidden states of the whole prompt alive.
-            cache.latent_feedback = self.latent_head(hidden[:, -1]).clone()
+            state.feedback = self.latent_head(hidden[:, -1]).clone()
+            cache.latent_spans = state
         return ILVRModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
@@ -221,108 +262,40 @@ class ILVRModel(ILVRPreTrainedModel):
             **latents,
         )
 
-    def _encode(self, input_ids, inputs) -> dict:
-        """Computes positions and image features once, since the walk calls the backbone with slices of a sequence."""
-        inputs = dict(inputs)
-        if "attention_mask" not in inputs:
-            past = inputs["past_key_values"].get_seq_length() if "past_key_values" in inputs else 0
-            inputs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
-        if "position_ids" not in inputs:
-            # Backbones with M-RoPE give images text positions, silently, unless they are told where the images are.
-            inputs.setdefault("mm_token_type_ids", self._modalities(input_ids))
-            position_ids = self.vlm._prepare_position_ids_for_generation(input_ids, inputs)
-            inputs["position_ids"] = position_ids[..., -input_ids.shape[1] :]
-        inputs.pop("mm_token_type_ids", None)
-        if "token_type_ids" in inspect.signature(self.core.forward).parameters:
-            # Gemma 3: an image's tokens see each other in both directions.
-            inputs.setdefault("token_type_ids", self._modalities(input_ids))
-        return self.vlm._prepare_multimodal_encoder_kwargs_for_generation(inputs)
-
-    def _placeholders(self, input_ids) -> dict:
-        """Where the placeholders of images and videos stand, (B, T) each; a backbone may know no videos."""
-        ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        return {modality: torch.eq(input_ids, -1 if i is None else i) for modality, i in ids.items()}
-
-    def _modalities(self, input_ids) -> torch.IntTensor:
-        placeholders = self._placeholders(input_ids)
-        return placeholders["image"].int() + 2 * placeholders["video"].int()
-
-    def _forced(self, input_ids, pads, latent_values, latent_mask, **inputs) -> ILVRModelOutput:
-        batch_size, num_spans, size, hidden_size = latent_values.shape
-        if size != self.config.latent_size:
-            raise ValueError(
-                f"latent_values holds {size} latents a span; the model's latent_size is {self.config.latent_size}."
-            )
-        if latent_mask is None:
-            latent_mask = torch.ones(latent_values.shape[:3], dtype=torch.bool, device=latent_values.device)
-        embeds = scatter_spans(self.get_input_embeddings()(input_ids), pads, latent_values, latent_mask)
-        outputs = self.core(inputs_embeds=embeds, **inputs)
-        before = outputs.last_hidden_state.roll(1, dims=1)  # h_{t-1} in column t
-        return self._with_feedback(
-            outputs,
-            predicted_latents=self.latent_head(gather_spans(before, pads, num_spans, size)),
-            latent_inputs=gather_spans(embeds, pads, num_spans, size),
-        )
-
-    def _rollout(self, input_ids, pads, min_chunks, past_key_values=None, use_cache=None, **inputs):
-        keep_cache = past_key_values is not None
-        cache = past_key_values if keep_cache else ChunkCache.of_size(self.config.get_text_config(), pads.shape[1])
+    def _step(
+        self,
+        input_ids: torch.LongTensor,
+        is_latent: torch.BoolTensor,
+        feedback: torch.Tensor,
+        seat: AttentionSeat,
+        inputs: dict[str, Any],
+    ) -> ModelOutput:
+        """One column: `feedback` (B, D) in the rows that are in a span, the embedding of a word in the others."""
         embeds = self.get_input_embeddings()(input_ids)
-        with checkpointing_with_cache(self.core) as layers:
-            past = cache.get_seq_length()
-            forward = SlicedForward(self.core, layers, self._placeholders(input_ids), past=past, **inputs)
-            pieces, fed = roll_out(
-                forward, self.latent_head, embeds, pads, cache, keep_cache=keep_cache, min_chunks=min_chunks
-            )
-        outputs = _join(pieces, past_key_values)
-        latents = self._gather(fed, pads)
-        return self._with_feedback(outputs, predicted_latents=latents, latent_inputs=latents)
+        embeds = torch.where(is_latent.unsqueeze(-1), feedback.unsqueeze(1).to(embeds.dtype), embeds)
+        return self.core(inputs_embeds=embeds, **seat.ruled(inputs, embeds))
 
-    def _jacobi(
-        self, input_ids, pads, iterations, gradient_iterations, past_key_values=None, use_cache=None, **inputs
-    ):
-        if past_key_values is not None:
-            raise ValueError("jacobi_iterations computes whole sequences. Leave past_key_values out.")
-        gradient_iterations = iterations if gradient_iterations is None else gradient_iterations
-        if iterations < 1 or not 0 <= gradient_iterations <= iterations:
-            raise ValueError(
-                "`jacobi_iterations` must be at least 1 and `jacobi_gradient_iterations` between 0 and that, got "
-                f"{iterations} and {gradient_iterations}."
-            )
-        cache = ChunkCache.concatenating(self.config.get_text_config())
-        embeds = self.get_input_embeddings()(input_ids)
-        with checkpointing_with_cache(self.core) as layers:
-            forward = SlicedForward(self.core, layers, self._placeholders(input_ids), **inputs)
-            pieces, fed = roll_out_in_parallel(
-                forward,
-                self.latent_head,
-                embeds,
-                pads,
-                cache,
-                iterations=iterations,
-                gradient_iterations=gradient_iterations,
-            )
-        outputs = _join(pieces)
-        before = outputs.last_hidden_state.roll(1, dims=1)  # h_{t-1} in column t
-        latents = {
-            "predicted_latents": self.latent_head(self._gather(before, pads)),
-            "latent_inputs": self._gather(fed, pads),
-        }
-        return self._with_feedback(outputs, **latents)
+    def _plain(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        seat: AttentionSeat,
+        inputs: dict[str, Any],
+    ) -> ModelOutput:
+        """The backbone's own forward."""
+        if seat.rule is not None:
+            # Positions are counted from the 2D mask, before there is one of pairs.
+            inputs = self._encode(input_ids, inputs)
+            inputs = seat.ruled(inputs, self.get_input_embeddings()(input_ids))
+        outputs = self.core(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
+        if self.training and self.config.latent_head != "identity":
+            # A rank whose batch has no span gives its latent head a gradient too, of zero, or DDP would wait.
+            hidden = outputs.last_hidden_state
+            outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
+        return outputs
 
-    def _gather(self, values, pads):
-        num_spans = -(-int(pads.sum(1).max()) // self.config.latent_size)
-        return gather_spans(values, pads, num_spans, self.config.latent_size)
-
-
-def _join(pieces: list, past_key_values=None):
-    """Outputs of the backbone for a whole sequence."""
-    outputs = pieces[-1]
-    outputs.last_hidden_state = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)
-    if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(torch.cat(layer, dim=1) for layer in zip(*(p.hidden_states for p in pieces)))
-    outputs.past_key_values, outputs.attentions = past_key_values, None
-    return outputs
+    def _encode(self, input_ids: torch.LongTensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        return encode_inputs(self.vlm, self.config, input_ids, inputs)
 
 
 class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, GenerationMixin):
@@ -405,19 +378,19 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         """The backbone."""
         return self.model.vlm
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_output_embeddings(value)
 
-    def get_image_features(self, *args, **kwargs):
+    def get_image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self.model.get_image_features(*args, **kwargs)
 
     def forward(
@@ -432,9 +405,14 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        jacobi_iterations: int | None = None,
+        jacobi_gradient_iterations: int | None = None,
+        min_chunks: int | None = None,
+        attention_rule: AttentionRule | None = None,
+        attention_rule_rows: torch.BoolTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ILVROutput:
         """As [`ILVRModel.forward`], with logits and loss.
 
@@ -468,6 +446,11 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             mm_encoder_outputs=mm_encoder_outputs,
             latent_values=latent_values,
             latent_mask=latent_mask,
+            jacobi_iterations=jacobi_iterations,
+            jacobi_gradient_iterations=jacobi_gradient_iterations,
+            min_chunks=min_chunks,
+            attention_rule=attention_rule,
+            attention_rule_rows=attention_rule_rows,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ilvr import ILVRProcessor
-from ilvr.latent_rollout import chunk_bounds
+from ilvr.latent_spans import chunk_bounds
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator

@@ -61,6 +61,20 @@ def test_generation_is_exact_in_batches(model, processor):
         assert ids[0].equal(expected[row, inputs["input_ids"].shape[1] :])
 
 
+def test_prefill_in_chunks_is_exact(model, processor):
+    """An image may lie in a later chunk, and its tokens may see each other in both directions."""
+    image = {"type": "image", "image": SPAN_SAMPLES[0]["images"][0]}
+    parts = [{"type": "text", "text": "Plan a path to the goal"}, image]
+    content = [{"role": "user", "content": [*parts, {"type": "text", "text": "Go"}]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([content], **options)
+    images = (inputs["input_ids"] == model.config.image_token_id)[0].nonzero().flatten()
+    size = int(images[0]) if images[-1] < 2 * images[0] else inputs["input_ids"].shape[1] - 3
+    logits = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
+    whole, chunked = (model.generate(**inputs, **logits, **more) for more in ({}, {"prefill_chunk_size": size}))
+    torch.testing.assert_close(torch.stack(chunked.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
+
+
 def test_generation_of_whole_spans_is_exact_or_refused(model, processor, backbone_name):
     inputs = encode(processor, PROMPTS, "left", prompt_only=True)
     options = {"jacobi_iterations": LATENT_SIZE - 1, "return_dict_in_generate": True, "output_latents": True}

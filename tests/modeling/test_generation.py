@@ -1,5 +1,7 @@
 """Latent spans in `generate`: every decoding mode gives what an uncached recomputation gives."""
 
+import inspect
+
 import pytest
 import torch
 from backbones import FULLY_TESTED
@@ -14,9 +16,11 @@ from helpers import (
     make_sample,
     run_without_ilvr,
 )
-from transformers import TextStreamer, pipeline
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer, pipeline
 
+from ilvr import ILVRForConditionalGeneration
 from ilvr.latent_generation import LatentSpanLogitsProcessor
+from ilvr.latent_spans import ColumnFacts, SpanState
 
 
 BACKBONES = FULLY_TESTED
@@ -160,15 +164,210 @@ def test_span_ids_cannot_be_sampled_outside_a_span():
     assert scores.eq(0).all()
 
 
-def test_unsupported_modes_are_refused(model, inputs):
-    with pytest.raises(ValueError, match="Assisted decoding"):
-        model.generate(**inputs, prompt_lookup_num_tokens=2)
-    with pytest.raises(ValueError, match="return_dict_in_generate"):
-        model.generate(**inputs, output_latents=True)
-    with pytest.raises(ValueError, match="use_cache"):
-        model.generate(**inputs, output_latents=True, use_cache=False, return_dict_in_generate=True)
+def test_a_misspelt_input_is_refused(model, inputs):
     with pytest.raises(ValueError, match="not used by the model: \\['pixel_valeus'\\]"):
         model.generate(**inputs, pixel_valeus=inputs["pixel_values"])
+
+
+WARPERS = [
+    {"top_p": 0.9},
+    {"min_p": 0.3},
+    {"typical_p": 0.3},
+    {"top_k": 1},
+    {"top_k": 20, "top_p": 0.8, "temperature": 0.7},
+    {"epsilon_cutoff": 3e-4, "num_beams": 2},
+]
+
+
+@pytest.mark.parametrize("warper", WARPERS, ids=str)
+def test_sampling_in_batches(model, inputs, warper):
+    """Also where the model would most like to say what it must not, as rows do that have ended."""
+    width, config = inputs["input_ids"].shape[1], model.config
+
+    def prefer_a_latent_id(input_ids, scores):
+        scores[:, config.latent_end_token_id] = scores.amax() + 100
+        return scores
+
+    starts = StartSpansAt(config.latent_start_token_id, width, STEPS)
+    processors = LogitsProcessorList([prefer_a_latent_id, starts])
+    torch.manual_seed(0)
+    ids = model.generate(**inputs, logits_processor=processors, do_sample=True, max_new_tokens=16, **warper)
+    span = [config.latent_start_token_id, *[config.latent_pad_token_id] * LATENT_SIZE, config.latent_end_token_id]
+    for row, steps in zip(ids[:, width:].tolist(), STEPS):
+        for step in steps:
+            assert row[step : step + len(span)] == span[: len(row) - step]
+        assert row.count(config.latent_end_token_id) == len(steps)
+
+
+LATENTS = {"return_dict_in_generate": True, "output_latents": True}
+IGNORE_LATENTS = {"latent_intervention": lambda latents, span, index: latents * 0}
+
+
+@pytest.mark.parametrize("where", ["keyword", "config", "model"])
+@pytest.mark.parametrize(
+    ("settings", "asked", "message"),
+    [
+        ({"use_cache": False}, {"output_latents": True}, "need use_cache=True"),
+        ({"use_cache": False}, IGNORE_LATENTS, "need use_cache=True"),
+        ({"use_cache": False}, {"jacobi_iterations": 1}, "need use_cache=True"),
+        ({"return_dict_in_generate": False}, {"output_latents": True}, "needs return_dict_in_generate=True"),
+        ({"output_attentions": True}, {"jacobi_iterations": 1}, "no hidden states or attentions"),
+        ({"prompt_lookup_num_tokens": 2}, {}, "Assisted decoding"),
+        ({"assistant_early_exit": 1}, {}, "Assisted decoding"),
+        ({"guidance_scale": 2.0}, {}, "guidance_scale=2.0 runs a second"),
+        ({"cache_implementation": "paged"}, {}, "Continuous batching"),
+    ],
+)
+def test_settings_are_refused_wherever_they_come_from(model, inputs, where, settings, asked, message):
+    if where == "keyword":
+        options = settings
+    elif where == "config":
+        options = {"generation_config": GenerationConfig(max_new_tokens=4, **settings)}
+    else:
+        model.generation_config.update(**settings)
+        options = {}
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, **options, **asked)
+
+
+def test_settings_of_a_config_hold(model, inputs):
+    """Latents are returned where the config alone asks for a place for them."""
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)
+    starts = StartSpansAt(model.config.latent_start_token_id, inputs["input_ids"].shape[1], STEPS)
+    output = model.generate(
+        **inputs, generation_config=config, logits_processor=LogitsProcessorList([starts]), output_latents=True
+    )
+    assert [len(latents) for latents in output.latents] == [2, 1, 0]
+
+
+def test_checkpointing_in_train_mode_is_refused_where_it_would_drop_the_cache(model, inputs):
+    expected = generate(model, inputs)
+    model.train().activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="drops the cache"):
+        generate(model, inputs)
+    assert generate(model, inputs, use_cache=False).equal(expected)
+    assert generate(model.eval(), inputs).equal(expected)
+
+
+def test_an_assistant_is_refused(model, inputs):
+    with pytest.raises(ValueError, match="Assisted decoding"):
+        model.generate(**inputs, assistant_model=model.vlm)
+
+
+def test_continuous_batching_is_refused_at_once(model):
+    with pytest.raises(ValueError, match="Call generate with a dynamic cache"):
+        model.generate_batch([[1, 2]])
+    with pytest.raises(ValueError, match="Call generate with a dynamic cache"):
+        model.init_continuous_batching()
+
+
+def test_allowed_tokens_leave_spans_alone_or_are_refused(model, inputs):
+    config = model.config
+    words = [i for i in range(10, 60) if i != config.image_token_id] + [config.latent_start_token_id]
+    ids = generate(model, inputs, prefix_allowed_tokens_fn=lambda row, ids: words, min_new_tokens=0)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    span = [config.latent_start_token_id, *[config.latent_pad_token_id] * LATENT_SIZE, config.latent_end_token_id]
+    assert new[0, 1:6].tolist() == span and set(new.flatten().tolist()) <= {*words, *span}
+    with pytest.raises(ValueError, match=r"prefix_allowed_tokens_fn leaves rows \[0, 1, 2\] no token"):
+        model.generate(**inputs, prefix_allowed_tokens_fn=lambda row, ids: [config.latent_end_token_id])
+
+
+def test_prompts_padded_on_the_right_are_refused(model, processor):
+    inputs = encode(processor, PROMPTS, "right", prompt_only=True)
+    with pytest.raises(ValueError, match=r"rows \[0, 2\] end in padding.*padding_side=\"left\""):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_help_shows_the_arguments_for_latents():
+    parameters = inspect.signature(ILVRForConditionalGeneration.generate).parameters
+    assert {"output_latents", "latent_intervention", "jacobi_iterations"} <= parameters.keys()
+    parameters = inspect.signature(ILVRForConditionalGeneration.forward).parameters
+    assert {"jacobi_iterations", "jacobi_gradient_iterations", "min_chunks", "attention_rule"} <= parameters.keys()
+
+
+# --------------------------------------------------------------------------------------------------- spans of a prompt
+
+
+def half_span(model, processor):
+    """A prompt that ends within a span, and the same with the whole answer, in which one more span is generated."""
+    prompt = encode(processor, PROMPTS[:1], prompt_only=True)
+    start, pad = model.config.latent_start_token_id, model.config.latent_pad_token_id
+    ids = torch.cat([prompt["input_ids"], torch.tensor([[start, pad]])], 1)
+    if "mm_token_type_ids" in prompt:
+        prompt["mm_token_type_ids"] = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, 2))
+    return {**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_a_half_span_is_completed_and_mixed_with_no_other(model, processor):
+    prompt = half_span(model, processor)
+    places = set()
+
+    def record(latents, span, index):
+        places.add((int(span), int(index)))
+        return latents
+
+    output = generate(model, prompt, [(5,)], latent_intervention=record, **LATENTS)
+    words, pad = output.sequences[0, prompt["input_ids"].shape[1] - 2 :].tolist(), model.config.latent_pad_token_id
+    assert words[1:5] == [pad, pad, pad, model.config.latent_end_token_id]
+    whole = {**prompt, "input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
+    whole.pop("mm_token_type_ids", None)
+    predicted = model(**whole).predicted_latents
+    assert predicted.shape[1] == 2
+    torch.testing.assert_close(output.latents[0], predicted[0, 1:], rtol=1e-4, atol=1e-4)
+    assert {place for place in places if place[1] >= 0} == {(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}
+
+
+def test_a_half_span_cannot_be_computed_in_parallel(model, processor):
+    with pytest.raises(ValueError, match=r"prompts of rows \[0\] end within a latent span"):
+        generate(model, half_span(model, processor), [(5,)], jacobi_iterations=1)
+
+
+# -------------------------------------------------------------------------------------------------- caches of a caller
+
+
+def test_a_cache_that_was_reset_or_cropped_has_no_feedback(model, processor):
+    inputs = encode(processor, PROMPTS[:1], prompt_only=True)
+    latent = torch.tensor([[model.config.latent_pad_token_id]])
+    cache = model(**inputs).past_key_values
+    assert cache.latent_spans.length == inputs["input_ids"].shape[1] and cache.latent_spans.feedback is not None
+    cache.crop(-1)
+    with pytest.raises(ValueError, match="starts inside a latent span"):
+        model(input_ids=latent, past_key_values=cache)
+    cache = model(**inputs).past_key_values
+    cache.reset()
+    with pytest.raises(ValueError, match="starts inside a latent span"):
+        model(input_ids=latent, past_key_values=cache)
+
+
+def test_a_static_cache_that_is_used_again_starts_anew(model, inputs):
+    expected = generate(model, inputs)
+    cache = generate(model, inputs, cache_implementation="static", return_dict_in_generate=True).past_key_values
+    cache.reset()
+    assert generate(model, inputs, past_key_values=cache).equal(expected)
+
+
+def test_a_latent_given_for_one_column_of_a_cache_is_put_in(model, processor):
+    """As when a rollout is replayed column by column."""
+    inputs = encode(processor, PROMPTS[:1], prompt_only=True)
+    latent = torch.tensor([[model.config.latent_pad_token_id]])
+    given = torch.full((1, 1, LATENT_SIZE, 32), 0.5)
+    cache = model(**inputs).past_key_values
+    outputs = model(input_ids=latent, past_key_values=cache, latent_values=given)
+    assert outputs.latent_inputs[0, 0, 0].equal(given[0, 0, 0])
+
+
+def test_beams_take_their_state_along(model):
+    cache = DynamicCache()
+    cache.update(torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2, 4), 0)
+    state = SpanState.of(cache)
+    assert state.length == 2 and SpanState.of(cache) is state
+    state.feedback, state.plan = torch.arange(3.0).view(3, 1), torch.arange(3.0).view(3, 1, 1)
+    state.ahead, flags = torch.arange(3.0).view(3, 1, 1), torch.eye(3, 2) > 0
+    state.columns = ColumnFacts(flags, flags, latent_size=2)
+    model._reorder_cache(cache, torch.tensor([2, 0, 0]))
+    for value in (state.feedback, state.plan, state.ahead):
+        assert value.flatten().tolist() == [2, 0, 0]
+    assert state.columns.is_image.tolist() == [[False, False], [True, False], [True, False]]
 
 
 def test_pipeline(model, processor):

@@ -16,6 +16,7 @@ from helpers import (
     make_trainer,
     next_token_loss,
 )
+from transformers import DynamicCache
 
 from ilvr.trainer import ILVRTrainingConfig
 
@@ -45,15 +46,15 @@ def test_enough_iterations_have_the_logits_and_gradients_of_the_walk(model, proc
 
 
 def plain_iteration(model, inputs, iterations: int, gradient_iterations: int):
-    """Forwards of whole sequences, each fed with what the one before predicts."""
-    pads = inputs["input_ids"] == model.config.latent_pad_token_id
+    """Forwards of whole sequences, each with the latents that the one before predicts."""
+    is_latent = inputs["input_ids"] == model.config.latent_pad_token_id
     pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
-    latents = pad.expand(len(pads), int(pads.sum(1).max()) // LATENT_SIZE, LATENT_SIZE, -1)
+    latents = pad.expand(len(is_latent), int(is_latent.sum(1).max()) // LATENT_SIZE, LATENT_SIZE, -1)
     first = model(**inputs, latent_values=latents).predicted_latents[:, 0, 0]
-    starts = pads.int().argmax(1)
+    starts = is_latent.int().argmax(1)
     known = (starts == starts.min()).view(-1, 1, 1, 1)  # of a row that starts later, the first pass knows nothing
     known = known & (torch.arange(latents.shape[1] * LATENT_SIZE).view(1, -1, LATENT_SIZE, 1) == 0)
-    latents = torch.where(known, first.view(len(pads), 1, 1, -1), latents)
+    latents = torch.where(known, first.view(len(is_latent), 1, 1, -1), latents)
     for iteration in range(iterations):
         with torch.set_grad_enabled(iteration >= iterations - gradient_iterations):
             latents = model(**inputs, latent_values=latents).predicted_latents
@@ -68,8 +69,8 @@ def test_iterations_are_those_written_plainly(model, processor, iterations, grad
     found = model(**inputs, jacobi_iterations=iterations, jacobi_gradient_iterations=gradient_iterations)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-4, atol=1e-4)
-    pads = (inputs["input_ids"] == model.config.latent_pad_token_id).sum(1)
-    for row, used in enumerate(pads // LATENT_SIZE):
+    num_latents = (inputs["input_ids"] == model.config.latent_pad_token_id).sum(1)
+    for row, used in enumerate(num_latents // LATENT_SIZE):
         for name in ("latent_inputs", "predicted_latents"):
             torch.testing.assert_close(found[name][row, :used], expected[name][row, :used], rtol=1e-4, atol=1e-4)
     expected, found = (gradients(model, next_token_loss(o.logits, inputs)) for o in (expected, found))
@@ -179,6 +180,29 @@ def test_a_cache_returned_within_a_span_holds_what_was_generated(model, processo
     expected, found = (generate(model, prompt, [(1,)], **options, **more) for more in ({}, {"jacobi_iterations": 2}))
     keys = [[layer.keys for layer in output.past_key_values.layers] for output in (found, expected)]
     assert_all_close(*keys)
+
+
+@pytest.mark.parametrize("stop", ["length", "error"])
+def test_a_cache_of_the_callers_own_is_not_left_with_columns_ahead(model, processor, stop):
+    """Also where plain ids are returned, or a hook fails, within a span."""
+    prompt = encode(processor, PROMPTS[:1], prompt_only=True)
+    cache, width = DynamicCache(config=model.config.get_text_config()), prompt["input_ids"].shape[1]
+
+    def fail(input_ids, scores):
+        if input_ids.shape[1] == width + 4:
+            raise RuntimeError("stopped")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"past_key_values": cache, "jacobi_iterations": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    if stop == "error":
+        with pytest.raises(RuntimeError, match="stopped"):
+            generate(model, prompt, [(1,)], stopping_criteria=[fail], **options)
+    else:
+        ids = generate(model, prompt, [(1,)], **options)
+        assert ids[0, -2:].tolist() == [model.config.latent_pad_token_id] * 2
+    assert cache.get_seq_length() == width + 3
+    assert [name for name in vars(cache) if "latent" in name or "ahead" in name] == ["latent_spans"]
+    assert not cache.latent_spans.has_columns_ahead
 
 
 @pytest.mark.parametrize(

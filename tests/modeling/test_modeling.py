@@ -14,6 +14,7 @@ from helpers import (
     every_backbone,
     gradients,
     largest_difference,
+    make_sample,
     next_token_loss,
     perturb,
     prefix_recompute,
@@ -22,7 +23,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.latent_cache import ChunkCache
-from ilvr.latent_rollout import chunk_bounds
+from ilvr.latent_spans import chunk_bounds
 from ilvr.trainer.inputs.image_features import image_outputs, without_pixels
 
 
@@ -112,15 +113,45 @@ def test_forced_latents_reach_their_positions_and_masked_ones_do_not(model, proc
     values = torch.randn(2, 2, LATENT_SIZE, 32)
     mask = torch.ones(2, 2, LATENT_SIZE, dtype=torch.bool)
     mask[0, 1, 2] = False
-    fed = model(**inputs, latent_values=values, latent_mask=mask).latent_inputs
+    inside = model(**inputs, latent_values=values, latent_mask=mask).latent_inputs
     pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
-    torch.testing.assert_close(fed[mask], values[mask])
-    torch.testing.assert_close(fed[0, 1, 2], pad)
+    torch.testing.assert_close(inside[mask], values[mask])
+    torch.testing.assert_close(inside[0, 1, 2], pad)
 
 
-def test_latents_of_another_size_are_refused(model, processor):
-    with pytest.raises(ValueError, match="5 latents a span; the model's latent_size is 3"):
-        model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(2, 2, 5, 32))
+@pytest.mark.parametrize("way", ["forced", "parallel"])
+def test_spans_that_a_row_does_not_have_predict_nothing(backbone_dir, processor, way):
+    """Not the bias of the head, which the trainer's residual would count."""
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="linear"))
+    inputs = encode(processor, [make_sample(["Right", "Down", "Up"]), make_sample(["Left", "Up"])])
+    values = torch.randn(2, 2, LATENT_SIZE, 32)
+    options = {"forced": {"latent_values": values}, "parallel": {"jacobi_iterations": 2}}
+    predicted = model(**inputs, **options[way]).predicted_latents
+    assert predicted[1, 1].eq(0).all() and predicted[0].any(-1).all() and predicted[1, 0].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "message"),
+    [
+        ((2, 2, 5, 32), None, "5 latents a span; the model's latent_size is 3"),
+        ((3, 2, 3, 32), None, r"shape \(3, 2, 3, 32\); it should be \(2, spans, 3, 32\)"),
+        ((2, 2, 3, 16), None, r"shape \(2, 2, 3, 16\); it should be \(2, spans, 3, 32\)"),
+        ((2, 1, 3, 32), None, "Row 0 has 6 latent positions and latent_values holds 3 a row: 1 spans of 3"),
+        ((2, 2, 3, 32), (2, 2), r"latent_mask has shape \(2, 2\); latent_values needs \(2, 2, 3\)"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(model, processor, shape, mask, message):
+    mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        model(**encode(processor, SPAN_SAMPLES), latent_values=torch.zeros(shape), latent_mask=mask)
+
+
+def test_ids_and_embeddings_at_once_are_refused(model, processor):
+    inputs = encode(processor, SPAN_SAMPLES)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(**inputs, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(attention_mask=inputs["attention_mask"])
 
 
 def test_precomputed_image_features_equal_pixels(model, processor):
@@ -132,7 +163,7 @@ def test_precomputed_image_features_equal_pixels(model, processor):
     torch.testing.assert_close(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
 
 
-def test_later_image_in_the_sequence(model, processor):
+def later_image(processor):
     """A second user turn with an image comes after the first span, and so in a later chunk of the walk."""
     first, second = SPAN_SAMPLES
     turns = [
@@ -144,11 +175,19 @@ def test_later_image_in_the_sequence(model, processor):
         {"role": "user", "content": [{"type": "image", "image": first["images"][1]}, {"type": "text", "text": "Up"}]},
         second["messages"][1],
     ]
-    inputs = processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
+    return processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
+
+
+@every_backbone
+def test_later_image_in_the_sequence(model, processor, backbone_name):
+    inputs = later_image(processor)
     images = inputs["input_ids"] == model.config.image_token_id
-    pads = inputs["input_ids"] == model.config.latent_pad_token_id
-    assert (images & (pads.cumsum(1) > 0)).any()
-    torch.testing.assert_close(model(**inputs).logits, prefix_recompute(model, inputs), rtol=1e-4, atol=1e-4)
+    is_latent = inputs["input_ids"] == model.config.latent_pad_token_id
+    assert (images & (is_latent.cumsum(1) > 0)).any()
+    expected = prefix_recompute(model, inputs)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    exact = {"jacobi_iterations": int(is_latent.sum())}
+    torch.testing.assert_close(model(**inputs, **exact).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["identity", "linear", "mlp"])

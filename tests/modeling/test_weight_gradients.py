@@ -7,7 +7,7 @@ from torch import nn
 from ilvr.weight_gradients import GatheredWeightGradients
 
 
-WIDTHS = (70, 1, 1, 5, 1)  # columns of the pieces of a sequence
+WIDTHS = (70, 1, 1, 5, 1)  # columns of the chunks of a sequence
 
 
 @pytest.fixture
@@ -17,16 +17,16 @@ def layers():
 
 
 def walk(layers, mode=None):
-    """Feeds each piece with the end of the one before."""
+    """Starts each chunk with the end of the one before."""
     generator = torch.Generator().manual_seed(1)
     feedback, total = torch.zeros(2, 1, 6), 0
     for width in WIDTHS:
-        piece = torch.cat([feedback, torch.randn(2, width - 1, 6, generator=generator)], dim=1)
+        chunk = torch.cat([feedback, torch.randn(2, width - 1, 6, generator=generator)], dim=1)
         if mode is None:
-            outputs = layers(piece)
+            outputs = layers(chunk)
         else:
             with mode:
-                outputs = layers(piece)
+                outputs = layers(chunk)
         feedback, total = outputs[:, -1:].float(), total + outputs.float().square().sum()
     return total
 
