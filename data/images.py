@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -117,7 +117,7 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened(image, where: str) -> Iterator[PILImage.Image]:
+def _opened(image, where: str) -> Generator[PILImage.Image]:
     source = image.get("path") if isinstance(image, dict) else image
     data = image.get("bytes") if isinstance(image, dict) else None
     try:

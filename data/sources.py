@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
+from datasets import Dataset, Image, IterableDataset, List, NamedSplit, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ilvr import __version__
@@ -100,9 +100,11 @@ def load_conversations(
     status = file.stat()
     arguments = {"path": str(file), "version": (__version__, status.st_mtime_ns, status.st_size), **options}
     if streaming:
-        return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+        return IterableDataset.from_generator(
+            _generate, features=FEATURES, gen_kwargs=arguments, split=NamedSplit(split)
+        )
     try:
-        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=NamedSplit(split))
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # what is wrong with which sample
@@ -171,13 +173,12 @@ def find_image_root(path: str, image_root: str | None) -> Path | None:
     data = Path(path)
     if is_row_file(path) and not data.is_file():
         raise ValueError(f"There is no file {path}. Correct the path.")
-    if image_root is None and data.exists():
-        image_root = data if data.is_dir() else data.parent
-    if image_root is None:
+    if image_root is None and not data.exists():
         return None
-    if not Path(image_root).is_dir():
+    root = Path(image_root) if image_root is not None else data if data.is_dir() else data.parent
+    if not root.is_dir():
         raise ValueError(f"image_root={image_root} is no folder. Name the folder that the image paths start from.")
-    return Path(image_root).resolve()
+    return root.resolve()
 
 
 def describe(path: str, number: int) -> str:
@@ -185,7 +186,7 @@ def describe(path: str, number: int) -> str:
     return f"{path}, {'line' if is_row_file(path) else 'sample'} {number}"
 
 
-def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs) -> Dataset | IterableDataset:
+def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs: Any) -> Any:
     data = Path(path)
     if (data / "state.json").is_file():
         if split != "train":

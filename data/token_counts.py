@@ -2,10 +2,10 @@
 
 import copy
 from types import MethodType
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from .conversations import SampleError
@@ -30,7 +30,7 @@ class SizeTokenizer:
         processor ([`~ilvr.ILVRProcessor`]).
     """
 
-    def __init__(self, processor: ProcessorMixin):
+    def __init__(self, processor: Any):
         self.whole = processor
         self.processor = copy.copy(processor)
         self.processor._backbone = copy.copy(processor._backbone)
@@ -42,7 +42,7 @@ class SizeTokenizer:
                 "are processed to count them, which takes as long as processing the images."
             )
 
-    def __call__(self, messages: list[dict], image_sizes: list[Size]) -> tuple[list[int], list[bool]]:
+    def __call__(self, messages: list[dict[str, Any]], image_sizes: list[Size]) -> tuple[list[int], list[bool]]:
         """Tokenizes a conversation.
 
         Args:
@@ -55,11 +55,12 @@ class SizeTokenizer:
         Raises:
             SampleError: if an image has a shape that the processor does not take, or a text holds a placeholder.
         """
-        sizes, filled = iter(enumerate(image_sizes)), []
+        sizes = iter(enumerate(image_sizes))
+        filled: list[dict[str, Any]] = []
         for message in messages:
             content = message["content"]
             if not isinstance(content, str):
-                parts = []
+                parts: list[dict[str, Any]] = []
                 for part in content:
                     if part["type"] == "image":
                         number, size = next(sizes)
@@ -104,7 +105,7 @@ class SizeTokenizer:
         return True
 
 
-def count_tokens(messages: list[dict], image_sizes: list[Size], tokenizer: SizeTokenizer) -> int:
+def count_tokens(messages: list[dict[str, Any]], image_sizes: list[Size], tokenizer: SizeTokenizer) -> int:
     """Length of a sample in tokens, as the trainer counts it.
 
     Args:
@@ -120,7 +121,7 @@ def count_tokens(messages: list[dict], image_sizes: list[Size], tokenizer: SizeT
     return len(input_ids)
 
 
-def check_spans(messages: list[dict], input_ids: list[int], processor: ProcessorMixin):
+def check_spans(messages: list[dict[str, Any]], input_ids: list[int], processor: Any):
     """Each image of an assistant turn must have become a latent span, and nothing else.
 
     Raises:
@@ -138,7 +139,7 @@ def check_spans(messages: list[dict], input_ids: list[int], processor: Processor
         )
 
 
-def _lay_out_images(backbone: ProcessorMixin, images, **kwargs) -> tuple[dict, list[str]]:
+def _lay_out_images(backbone: Any, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
     """In place of `ProcessorMixin._process_images`: the same texts, without the pixels."""
     (own,) = images  # of one conversation
     sizes = [(image.shape[1], image.shape[0]) for image in own]
@@ -146,10 +147,10 @@ def _lay_out_images(backbone: ProcessorMixin, images, **kwargs) -> tuple[dict, l
     return layout, [backbone.replace_image_token(layout, image_idx=i, **kwargs) for i in range(len(sizes))]
 
 
-def _layout(backbone: ProcessorMixin, sizes: list[Size], **kwargs) -> dict:
+def _layout(backbone: Any, sizes: list[Size], **kwargs: Any) -> dict[str, Any]:
     """What a backbone's image processor says of images of these sizes, under the names of all families."""
     processor = backbone.image_processor
-    layout: dict = {
+    layout: dict[str, Any] = {
         "image_sizes": [(height, width) for width, height in sizes],  # LLaVA-OneVision
         "batch_num_images": [len(sizes)],
     }

@@ -64,7 +64,7 @@ class AttentionSeat:
         self,
         vlm: PreTrainedModel,
         rule: AttentionRule | None = None,
-        rows: torch.BoolTensor | None = None,
+        rows: torch.Tensor | None = None,
         columns: ColumnFacts | None = None,
     ):
         self.vlm, self.rule, self.rows, self.columns = vlm, rule, rows, columns
@@ -78,10 +78,10 @@ class AttentionSeat:
         cls,
         vlm: PreTrainedModel,
         config: PreTrainedConfig,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         state: SpanState,
         rule: AttentionRule | None = None,
-        rows: torch.BoolTensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> "AttentionSeat":
         """The seat of forwards over the columns `input_ids` (B, T) that come after those of `state`.
 
@@ -176,7 +176,7 @@ def check_padding_mask(attention_mask: torch.Tensor | dict | None) -> None:
         )
 
 
-def _both(mask: torch.Tensor | None, allowed: torch.BoolTensor, causal: torch.BoolTensor) -> torch.Tensor:
+def _both(mask: torch.Tensor | None, allowed: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
     """The backbone's mask without the pairs that the rule takes away."""
     if mask is None:  # plainly causal, which the backbone leaves to the kernel
         mask = causal

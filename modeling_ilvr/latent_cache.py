@@ -3,7 +3,7 @@
 Keys and values are (B, heads, columns, head size), B batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -200,7 +200,7 @@ class ChunkCache(Cache):
 
 
 @contextmanager
-def checkpointing_with_cache(model: nn.Module) -> Iterator[list[nn.Module]]:
+def checkpointing_with_cache(model: nn.Module) -> Generator[list[nn.Module]]:
     """Lets gradient checkpointing keep the cache while the walk runs.
 
     Layers drop the cache under checkpointing, because a replay would write to it a second time. A `ChunkCache` is

@@ -33,7 +33,7 @@ class LatentSpanLogitsProcessor(LogitsProcessor):
         self.start_id, self.pad_id, self.end_id, self.latent_size = start_id, pad_id, end_id, latent_size
         self.never_free, self.check = [pad_id, end_id, *suppressed], check
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         num_latents = latents_at_end(input_ids, self.pad_id, self.latent_size)  # (B,)
         in_span = (input_ids[:, -1] == self.start_id) | (num_latents > 0)
         forced_id = torch.where(num_latents < self.latent_size, self.pad_id, self.end_id)  # (B,)
@@ -51,7 +51,7 @@ class LatentSpanLogitsProcessor(LogitsProcessor):
         return scores
 
 
-def latents_at_end(input_ids: torch.LongTensor, pad_id: int, latent_size: int) -> torch.LongTensor:
+def latents_at_end(input_ids: torch.Tensor, pad_id: int, latent_size: int) -> torch.Tensor:
     """How many `<|latent_pad|>` each row of `input_ids` (B, T) ends with, at most K: (B,)."""
     return (input_ids[:, -latent_size:] == pad_id).flip(1).long().cumprod(1).sum(1)
 

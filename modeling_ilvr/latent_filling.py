@@ -7,15 +7,15 @@ Each returns the backbone's outputs for all columns, and the fields `predicted_l
 B batch, T sequence, S spans, K latents a span, D hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from .latent_cache import ChunkCache, checkpointing_with_cache
 from .latent_sequences import Sequences
@@ -23,7 +23,7 @@ from .latent_spans import chunk_bounds, scatter_spans
 from .weight_gradients import GatheredWeightGradients
 
 
-Filled = tuple[ModelOutput, dict[str, torch.Tensor]]
+Filled = tuple[Any, dict[str, torch.Tensor]]
 
 
 # ------------------------------------------------------------------------------------------------------- given latents
@@ -34,7 +34,7 @@ def fill_forced(
     latent_head: nn.Module,
     sequences: Sequences,
     latent_values: torch.Tensor,
-    latent_mask: torch.BoolTensor | None = None,
+    latent_mask: torch.Tensor | None = None,
 ) -> Filled:
     """Puts given latents in (teacher forcing): one forward.
 
@@ -60,7 +60,7 @@ def fill_forced(
     }
 
 
-def _check_latents(sequences: Sequences, latent_values: torch.Tensor, latent_mask: torch.BoolTensor | None) -> None:
+def _check_latents(sequences: Sequences, latent_values: torch.Tensor, latent_mask: torch.Tensor | None) -> None:
     batch_size, num_spans, size, hidden_size = latent_values.shape
     if size != sequences.latent_size:
         raise ValueError(
@@ -100,7 +100,7 @@ class ChunkGradients:
         self.weight_gradients = None if partitioned else GatheredWeightGradients()
 
     @contextmanager
-    def of_chunk(self, num_columns: int) -> Iterator[None]:
+    def of_chunk(self, num_columns: int) -> Generator[None]:
         """Gathers gradients of weights, but for chunks that a checkpoint replays, where nobody would gather them.
 
         A single column is not worth a checkpoint. With ZeRO-3, which gathers weights for each replay, all have one, so
@@ -127,14 +127,14 @@ class ChunkForward:
     sequences: Sequences
     gradients: ChunkGradients
 
-    def __call__(self, start: int, embeds: torch.Tensor, cache: Cache | None, use_cache: bool = False) -> ModelOutput:
+    def __call__(self, start: int, embeds: torch.Tensor, cache: Cache | None, use_cache: bool = False) -> Any:
         """Outputs for the columns from `start` on that `embeds` (B, columns, D) holds."""
         inputs = {**self.sequences.inputs(start, embeds, cache), "use_cache": use_cache}
         with self.gradients.of_chunk(embeds.shape[1]):
             return self.core(**inputs)
 
 
-def _joined(chunks: list[ModelOutput], cache: Cache | None = None) -> ModelOutput:
+def _joined(chunks: list[Any], cache: Cache | None = None) -> Any:
     """The backbone's outputs for all columns, from those of consecutive chunks."""
     outputs = chunks[-1]
     outputs.last_hidden_state = torch.cat([chunk.last_hidden_state for chunk in chunks], dim=1)
@@ -194,7 +194,7 @@ def fill_by_walk(
 def idle_forwards(forward: ChunkForward, count: int, latent_head: nn.Module, feedback: torch.Tensor) -> torch.Tensor:
     """The sum of `count` forwards of one column (B, 1, D), for ranks with shorter walks than others."""
     column, position_ids = forward.sequences.embeds[:, :1], forward.sequences.position_ids[..., :1]
-    total = 0
+    total = torch.zeros_like(column)
     for _ in range(count):
         # Fed back like the others, so that the backward pass, too, takes the parts of the model in their order.
         idle = column + 0 * feedback.unsqueeze(1).to(column.dtype)

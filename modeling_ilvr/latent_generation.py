@@ -27,7 +27,11 @@ from .latent_decoding import (
 from .latent_spans import SpanState
 
 
-class LatentGenerationMixin:
+# A checker cannot know what the mixin comes before: `GenerationMixin`, of a model.
+_Mixin: Any = object
+
+
+class LatentGenerationMixin(_Mixin):
     """Overrides of `GenerationMixin` hooks; a class lists it before `GenerationMixin`."""
 
     def generate(
@@ -134,7 +138,7 @@ class LatentGenerationMixin:
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
         latent_control: LatentControl | None = None,
         **kwargs: Any,
@@ -169,9 +173,9 @@ class LatentGenerationMixin:
         self,
         control: LatentControl,
         latents: torch.Tensor,
-        rows: torch.BoolTensor,
-        span: torch.LongTensor,
-        index: torch.LongTensor,
+        rows: torch.Tensor,
+        span: torch.Tensor,
+        index: torch.Tensor,
     ) -> torch.Tensor:
         """`latents` (B, D), number `index` of `span` in their rows, with what the intervention makes of `rows`."""
         if control.intervention is None:
@@ -183,8 +187,8 @@ class LatentGenerationMixin:
         self,
         inputs: dict[str, Any],
         state: SpanState,
-        starts: torch.BoolTensor,
-        span: torch.LongTensor,
+        starts: torch.Tensor,
+        span: torch.Tensor,
         control: LatentControl,
     ) -> None:
         """Computes the latents of the spans that the rows `starts` (B,) enter, by Jacobi iteration over K columns."""
@@ -295,7 +299,7 @@ class LatentGenerationMixin:
             **kwargs,
         )
 
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
         past_key_values.reorder_cache(beam_idx)
         SpanState.of(past_key_values).reorder(beam_idx)
         return past_key_values
@@ -306,5 +310,5 @@ class LatentGenerationMixin:
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         return self.model.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

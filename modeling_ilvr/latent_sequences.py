@@ -17,7 +17,7 @@ from .latent_spans import filled_slots, gather_spans, placeholders_of, slice_fea
 
 
 def encode_inputs(
-    vlm: PreTrainedModel, config: PreTrainedConfig, input_ids: torch.LongTensor, inputs: dict[str, Any]
+    vlm: PreTrainedModel, config: PreTrainedConfig, input_ids: torch.Tensor, inputs: dict[str, Any]
 ) -> dict[str, Any]:
     """Computes positions and image features once, since the backbone is called with slices of a sequence.
 
@@ -71,15 +71,15 @@ class Sequences:
     """
 
     embeds: torch.Tensor
-    is_latent: torch.BoolTensor
-    placeholders: dict[str, torch.BoolTensor]
+    is_latent: torch.Tensor
+    placeholders: dict[str, torch.Tensor]
     latent_size: int
     seat: AttentionSeat
     past: int
     attention_mask: torch.Tensor
-    position_ids: torch.LongTensor
+    position_ids: torch.Tensor
     mm_encoder_outputs: dict[str, Any]
-    token_type_ids: torch.LongTensor | None = None
+    token_type_ids: torch.Tensor | None = None
     cache: Cache | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ class Sequences:
         cls,
         vlm: PreTrainedModel,
         config: PreTrainedConfig,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         seat: AttentionSeat,
         inputs: dict[str, Any],
     ) -> "Sequences":

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import _slice_mm_encoder_output
 
 
-def gather_spans(values: torch.Tensor, is_latent: torch.BoolTensor, num_spans: int, latent_size: int) -> torch.Tensor:
+def gather_spans(values: torch.Tensor, is_latent: torch.Tensor, num_spans: int, latent_size: int) -> torch.Tensor:
     """Collects what stands at the latent positions of each row.
 
     Args:
@@ -35,7 +35,7 @@ def gather_spans(values: torch.Tensor, is_latent: torch.BoolTensor, num_spans: i
     return spans.index_put((rows, slots), values[rows, columns]).view(batch_size, num_spans, latent_size, hidden_size)
 
 
-def filled_slots(is_latent: torch.BoolTensor, num_spans: int, latent_size: int) -> torch.BoolTensor:
+def filled_slots(is_latent: torch.Tensor, num_spans: int, latent_size: int) -> torch.Tensor:
     """Which of the slots of `gather_spans` hold a latent of their row, `(B, S, K)`."""
     slots = torch.arange(num_spans * latent_size, device=is_latent.device)
     return (slots < is_latent.sum(1, keepdim=True)).view(len(is_latent), num_spans, latent_size)
@@ -43,9 +43,9 @@ def filled_slots(is_latent: torch.BoolTensor, num_spans: int, latent_size: int) 
 
 def scatter_spans(
     inputs_embeds: torch.Tensor,
-    is_latent: torch.BoolTensor,
+    is_latent: torch.Tensor,
     latent_values: torch.Tensor,
-    latent_mask: torch.BoolTensor,
+    latent_mask: torch.Tensor,
 ) -> torch.Tensor:
     """Puts given latents in as input embeddings (teacher forcing).
 
@@ -67,14 +67,14 @@ def scatter_spans(
     return torch.where(forced.unsqueeze(-1), values.to(inputs_embeds.dtype), inputs_embeds)
 
 
-def chunk_bounds(is_latent: torch.BoolTensor) -> list[tuple[int, int]]:
+def chunk_bounds(is_latent: torch.Tensor) -> list[tuple[int, int]]:
     """Columns at which a chunk starts and ends: a new one at each column where some row has a latent."""
     cuts = is_latent.any(0).nonzero().flatten().tolist()
     return list(pairwise(sorted({0, *cuts, is_latent.shape[1]})))
 
 
 def slice_features(
-    mm_encoder_outputs: dict[str, Any], placeholders: dict[str, torch.BoolTensor], start: int, stop: int
+    mm_encoder_outputs: dict[str, Any], placeholders: dict[str, torch.Tensor], start: int, stop: int
 ) -> dict[str, Any]:
     """The image (and video) features whose placeholders stand in the columns from `start` to `stop`.
 
@@ -94,7 +94,7 @@ def slice_features(
     return sliced
 
 
-def placeholders_of(config: PreTrainedConfig, input_ids: torch.LongTensor) -> dict[str, torch.BoolTensor]:
+def placeholders_of(config: PreTrainedConfig, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Where the placeholders of images and videos stand, (B, T) each; a backbone may know no videos."""
     ids = {"image": config.image_token_id, "video": config.video_token_id}
     return {modality: torch.eq(input_ids, -1 if i is None else i) for modality, i in ids.items()}
@@ -110,19 +110,19 @@ class ColumnFacts:
         latent_size (`int`): K.
     """
 
-    is_image: torch.BoolTensor
-    is_latent: torch.BoolTensor
+    is_image: torch.Tensor
+    is_latent: torch.Tensor
     latent_size: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, input_ids: torch.LongTensor) -> "ColumnFacts":
+    def of(cls, config: PreTrainedConfig, input_ids: torch.Tensor) -> "ColumnFacts":
         """The facts about the columns of `input_ids` (B, T)."""
         placeholders = placeholders_of(config, input_ids)
         is_image = placeholders["image"] | placeholders["video"]
         return cls(is_image, input_ids == config.latent_pad_token_id, config.latent_size)
 
     @property
-    def span(self) -> torch.LongTensor:
+    def span(self) -> torch.Tensor:
         """`(B, T)`: the number of the span that a latent is in, from 0; elsewhere, how many spans end before.
 
         So the words of turn n, between span n - 1 and span n, have number n.
@@ -142,7 +142,7 @@ class ColumnFacts:
         is_image = torch.cat([self.is_image, other.is_image], dim=1)
         return ColumnFacts(is_image, torch.cat([self.is_latent, other.is_latent], dim=1), self.latent_size)
 
-    def of_rows(self, rows: torch.LongTensor) -> "ColumnFacts":
+    def of_rows(self, rows: torch.Tensor) -> "ColumnFacts":
         """The facts of other rows, (B,) each by its number."""
         return ColumnFacts(self.is_image[rows], self.is_latent[rows], self.latent_size)
 
@@ -207,7 +207,7 @@ class SpanState:
             state.length -= state.ahead.shape[1]
             state.ahead = None
 
-    def reorder(self, beams: torch.LongTensor) -> None:
+    def reorder(self, beams: torch.Tensor) -> None:
         """Gives each row what belongs to the row `beams` (B,) that it goes on from."""
         for name in ("feedback", "plan", "ahead"):
             value = getattr(self, name)

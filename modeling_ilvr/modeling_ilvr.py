@@ -4,7 +4,6 @@ The model is a composition over any image-text-to-text backbone of transformers.
 K latents a span, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -137,12 +136,12 @@ class ILVRModel(ILVRPreTrainedModel):
         self.vlm.set_input_embeddings(value)
 
     @property
-    def get_image_features(self) -> Callable[..., ModelOutput]:
+    def get_image_features(self) -> Any:
         # A property, so that the signature that `generate` inspects is the backbone's own.
         return self.core.get_image_features
 
     @property
-    def get_video_features(self) -> Callable[..., ModelOutput]:
+    def get_video_features(self) -> Any:
         return self.core.get_video_features
 
     def forward(
@@ -247,7 +246,7 @@ class ILVRModel(ILVRPreTrainedModel):
             return ForwardCase.FORCED
         return ForwardCase.PARALLEL if parallel else ForwardCase.WALK
 
-    def _with_state(self, outputs: ModelOutput, state: SpanState, **latents: torch.Tensor) -> ILVRModelOutput:
+    def _with_state(self, outputs: Any, state: SpanState, **latents: torch.Tensor) -> ILVRModelOutput:
         """The outputs of this model, and on their cache what the next column will need."""
         hidden, cache = outputs.last_hidden_state, outputs.past_key_values
         if cache is not None:
@@ -269,7 +268,7 @@ class ILVRModel(ILVRPreTrainedModel):
         feedback: torch.Tensor,
         seat: AttentionSeat,
         inputs: dict[str, Any],
-    ) -> ModelOutput:
+    ) -> Any:
         """One column: `feedback` (B, D) in the rows that are in a span, the embedding of a word in the others."""
         embeds = self.get_input_embeddings()(input_ids)
         embeds = torch.where(is_latent.unsqueeze(-1), feedback.unsqueeze(1).to(embeds.dtype), embeds)
@@ -281,7 +280,7 @@ class ILVRModel(ILVRPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
         seat: AttentionSeat,
         inputs: dict[str, Any],
-    ) -> ModelOutput:
+    ) -> Any:
         """The backbone's own forward."""
         if seat.rule is not None:
             # Positions are counted from the 2D mask, before there is one of pairs.

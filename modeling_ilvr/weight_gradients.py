@@ -32,9 +32,11 @@ class _Uses:
         """What was added in this backward pass, in as many pairs as there are products to make."""
         uses = self.by_pass.pop(torch._C._current_graph_task_id())
         narrow = [use for use in uses if len(use[0]) < self.WIDE]
-        return [use for use in uses if len(use[0]) >= self.WIDE] + (
-            [[*map(torch.cat, zip(*narrow))]] if narrow else []
-        )
+        wide = [use for use in uses if len(use[0]) >= self.WIDE]
+        if not narrow:
+            return wide
+        inputs, gradients = map(torch.cat, zip(*narrow))
+        return [*wide, (inputs, gradients)]
 
 
 class _Collect(torch.autograd.Function):

@@ -5,7 +5,7 @@ Shapes: B batch, T sequence, S spans, K latents a span, D hidden, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -86,7 +86,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
     ):
         args = args or ILVRTrainingConfig("ilvr-output")
         if isinstance(model, str):
-            loading = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            # TRL parses a string of the command line when the config is made.
+            given = cast(dict[str, Any], args.model_init_kwargs or {})
+            loading = {"trust_remote_code": args.trust_remote_code, **given}
             if processing_class is None:
                 processing_class = AutoProcessor.from_pretrained(model, trust_remote_code=args.trust_remote_code)
             model = AutoModelForImageTextToText.from_pretrained(model, **loading)
@@ -100,7 +102,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
-        preparation = {
+        preparation: dict[str, Any] = {
             "processor": processing_class,
             "stage": args.stage,
             "max_length": args.max_length,
@@ -119,33 +121,39 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=kwargs.pop("data_collator", None)
-            or LatentDataCollator(processing_class, args.pad_to_multiple_of, helper_images=self.keeps_teacher),
+            or LatentDataCollator(
+                processing_class, cast(int | None, args.pad_to_multiple_of), helper_images=self.keeps_teacher
+            ),
             callbacks=[*(callbacks or []), *own],
             peft_config=peft_config,
             **kwargs,
         )
-        self.teacher = MomentumTeacher(self.student.model, args.teacher_decay) if self.keeps_teacher else None
-        self.select_targets = self._target_selector() if self.keeps_teacher else None
+        self.teacher: MomentumTeacher | None = None
+        self.select_targets: TargetSelector | None = None
+        if self.keeps_teacher:
+            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay)
+            self.select_targets = self._target_selector(self.teacher)
         if args.cache_images:
             with args.main_process_first(desc="encoding images"):
                 self.train_dataset = self._cache_images(self.train_dataset)
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._cache_images(dataset))
 
-    def _target_selector(self) -> TargetSelector:
+    def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
         return TargetSelector(
             self.student.config,
             self.args,
-            teacher=self.teacher,
-            core=(self.student.model if self.args.freeze_vision_tower else self.teacher.model).core,
+            teacher=teacher,
+            core=(self.student.model if self.args.freeze_vision_tower else teacher.model).core,
             equal_forwards=is_sharded(self.accelerator),
         )
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*PREPARED_COLUMNS]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+    def _get_train_sampler(self, train_dataset: Any = None):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        is_sized = has_length(dataset)
+        if self.args.train_sampling_strategy != "group_by_length" or not is_sized:
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.accelerator.num_processes
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -195,13 +203,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         loss = self.args.ce_weight * ce if self.args.stage == 1 else ce
         if selection is not None:
             alignment, cosine = alignment_loss(
-                outputs.predicted_latents, targets, target_mask, noise_std=self.args.alignment_noise
+                outputs.predicted_latents, selection.targets, selection.mask, noise_std=self.args.alignment_noise
             )
-            num_samples = target_mask.flatten(1).any(1).sum()
+            num_samples = selection.mask.flatten(1).any(1).sum()
             self.record(num_samples, alignment_loss=alignment)
-            self.record(target_mask.sum(), latent_cosine=cosine)
+            self.record(selection.mask.sum(), latent_cosine=cosine)
             self.record(selection.mask.any(-1).sum(), **selection.statistics())
-            self.record(1, target_similarity=mean_pairwise_cosine(targets[target_mask][:512]))
+            self.record(1, target_similarity=mean_pairwise_cosine(selection.targets[selection.mask][:512]))
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
             if num_items_in_batch is not None:
                 alignment = alignment * num_samples / self._samples_per_rank
@@ -245,7 +253,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             outputs = image_outputs(inputs, self.student.model.core)
         return inputs if outputs is None else {**without_pixels(inputs), "mm_encoder_outputs": {"image": outputs}}
 
-    def _cache_images(self, dataset: Dataset) -> Dataset:
+    def _cache_images(self, dataset: Any) -> Dataset:
         """Features of the frozen vision tower in place of images, or, if it is trained, their processed pixels."""
         tower = [self.student.get_submodule(name) for name in vision_modules(self.student)]
         return cache_images(

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from trl import SFTConfig
 
@@ -63,6 +64,10 @@ class ILVRTrainingConfig(SFTConfig):
     > `train_sampling_strategy="group_by_length"` groups samples by spans and length in batches of random order.
     """
 
+    # TRL's may be `None`, and is then set.
+    output_dir: str = field(  # ty: ignore[incompatible-mutable-override]
+        default="ilvr-output", metadata={"help": "Folder of checkpoints and of the final model."}
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay for AdamW."})
     num_train_epochs: float = field(default=15.0, metadata={"help": "Total number of training epochs."})
@@ -134,4 +139,5 @@ class ILVRTrainingConfig(SFTConfig):
         if self.packing or self.padding_free:
             raise ValueError("`packing` and `padding_free` would mix the spans of samples; set both to False.")
         # The trainer prepares the data itself; TRL's own preparation knows nothing of latent spans.
-        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        given = cast(dict[str, Any], self.dataset_kwargs or {})  # TRL has parsed the string of a command line
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

@@ -5,10 +5,9 @@ Shapes: B batch, T sequence, S spans, K latents a span, N candidates of a pictur
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-
-from ilvr import ILVRConfig
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch
@@ -41,11 +40,11 @@ class TargetSelector:
 
     def __init__(
         self,
-        config: ILVRConfig,
+        config: Any,
         args: ILVRTrainingConfig,
         *,
         teacher: Callable,
-        core: torch.nn.Module,
+        core: Any,
         equal_forwards: bool = False,
     ):
         self.config, self.args = config, args
@@ -92,7 +91,8 @@ class TargetSelector:
 
     def _user_pictures(self, batch: LatentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates (B, N, D) of each row's last user image, and their mask; none exist in a row without images."""
-        encoded, has_image = batch.inputs.get("mm_encoder_outputs"), batch.images_per_row > 0
+        encoded: Any = batch.inputs.get("mm_encoder_outputs")
+        has_image = batch.images_per_row > 0
         outputs = image_outputs(batch.inputs, self.core) if encoded is None else encoded["image"]
         pictures = flatten_features(outputs.pooler_output).float().split(batch.image_lengths.tolist())
         last = (batch.images_per_row.cumsum(0) - 1)[has_image].tolist()

@@ -34,7 +34,7 @@ PREPARED_COLUMNS = (*FEATURES, "images")
 
 
 def prepare_dataset(
-    dataset: Dataset | IterableDataset,
+    dataset: Any,
     processor: ILVRProcessor,
     *,
     stage: int,

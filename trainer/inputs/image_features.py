@@ -11,14 +11,11 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, config
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ilvr import ILVRProcessor
 from ilvr.data.images import open_image
 
 from .data_preparation import FEATURES, HELPER_IMAGES, USER_IMAGES, processor_key
@@ -42,7 +39,7 @@ class ImageFeatures(ModelOutput):
     deepstack_features: list[list[torch.Tensor]] | None = None
 
 
-def image_outputs(inputs: dict[str, torch.Tensor], core: PreTrainedModel) -> Any:
+def image_outputs(inputs: dict[str, torch.Tensor], core: Any) -> Any:
     """The vision tower's output for the images among `inputs`, computed or from the cache; `None` without images.
 
     Args:
@@ -70,8 +67,8 @@ def without_pixels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def cache_images(
-    dataset: Dataset,
-    processor: ILVRProcessor,
+    dataset: Any,
+    processor: Any,
     *,
     encode_batch: Callable[[dict[str, torch.Tensor]], Any] | None,
     dtype: torch.dtype,
@@ -114,7 +111,7 @@ def cache_images(
     binary = {USER_IMAGES: Value("binary"), HELPER_IMAGES: Value("binary")}
     settings = [dataset._fingerprint, key, str(dtype), helper_images, encode_batch is None, processor_key(processor)]
     fingerprint = Hasher.hash(settings)  # hashing the function would pickle the model
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "ilvr_images"
+    folder = Path(config.HF_DATASETS_CACHE) / "ilvr_images"
     folder.mkdir(parents=True, exist_ok=True)
     return dataset.map(
         encode,

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -131,7 +132,9 @@ def last_whole_checkpoint(output_dir: str | Path, needed: Sequence[str] = ()) ->
     return None
 
 
-def resolve_checkpoint(checkpoint: str | Path | bool, output_dir: str | Path, needed: Sequence[str] = ()) -> str:
+def resolve_checkpoint(
+    checkpoint: str | Path | Literal[True], output_dir: str | Path, needed: Sequence[str] = ()
+) -> str:
     """
     The folder to resume from.
 

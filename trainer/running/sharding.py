@@ -1,5 +1,7 @@
 """What the engines that shard a model (accelerate's FSDP2, DeepSpeed ZeRO-3) ask of a trainer with two models."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
@@ -55,7 +57,7 @@ def prepare_sharding(
         raise ValueError(
             "FSDP2 cannot shard tied embeddings in which PEFT trains single rows. Train the adapter with DDP."
         )
-    plugin = accelerator.state.fsdp_plugin
+    plugin: Any = accelerator.state.fsdp_plugin
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading cannot leave modules unsharded, as the frozen vision tower is. Set it to "
@@ -66,7 +68,7 @@ def prepare_sharding(
         plugin.ignored_modules = [*(plugin.ignored_modules or []), *vision]
 
 
-def gather_embeddings_once(model: PreTrainedModel):
+def gather_embeddings_once(model: Any):
     """Keeps the embeddings gathered during a step: ranks look different numbers of tokens' embeddings up.
 
     A backbone looks up the placeholder's for each piece of a sequence that has an image.

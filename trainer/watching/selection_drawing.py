@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from ilvr.data.images import open_image
@@ -82,7 +84,7 @@ class SelectionDrawingCallback(TrainerCallback):
         if every < 1:
             raise ValueError(f"`every` must be at least 1 optimizer step, got {every}.")
         self.trainer, self.every = trainer, every
-        samples = prepare_dataset(samples, trainer.processing_class, stage=1, name="drawn")
+        samples = cast(Dataset, prepare_dataset(samples, trainer.processing_class, stage=1, name="drawn"))
         rows = [samples[i] for i in range(len(samples))]
         if any(isinstance(row[HELPER_IMAGES], bytes) for row in rows):
             raise ValueError("The samples hold features, not images. Give them as they were before `cache_images`.")

@@ -25,7 +25,8 @@ class SelectionHistogramCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
+        logs = logs or {}
         shares = [logs[name] for k in range(1, len(logs)) if (name := f"selected_{k}") in logs]
         if not shares:
             return
