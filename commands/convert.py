@@ -122,6 +122,6 @@ def main(arguments: list[str]) -> int:
     (options,) = parser.parse_args_and_config([*named, *arguments[len(words) :]])
     model = convert_checkpoint(options.checkpoint, options.output_dir, dtype=options.dtype)
     config = model.config
-    ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
+    ids = config.latent_token_ids
     print(f"{options.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
     return 0

@@ -1,6 +1,8 @@
 """Configuration of an ILVR model: the config of its vision-language backbone plus what a latent span needs."""
 
-from transformers import AddedToken, AutoConfig, PreTrainedConfig
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -9,6 +11,7 @@ LATENT_PAD_TOKEN = "<|latent_pad|>"
 LATENT_END_TOKEN = "<|latent_end|>"
 LATENT_TOKENS = (LATENT_START_TOKEN, LATENT_PAD_TOKEN, LATENT_END_TOKEN)
 LATENT_HEADS = ("identity", "linear", "mlp")
+MAX_LATENT_SIZE = 4096  # a span is written out token by token: more is a damaged config
 
 
 class ILVRConfig(PreTrainedConfig):
@@ -26,7 +29,8 @@ class ILVRConfig(PreTrainedConfig):
             Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`.
 
     Raises:
-        ValueError: if `latent_size` is not positive or `latent_head` is unknown.
+        ValueError: if `latent_size` is no number from 1 to 4096, `latent_head` is unknown, or the three ids are not
+            different numbers.
     """
 
     model_type = "ilvr"
@@ -42,12 +46,37 @@ class ILVRConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.latent_size < 1:
-            raise ValueError(f"`latent_size` must be at least 1, got {self.latent_size}.")
+        if type(self.latent_size) is not int or not 1 <= self.latent_size <= MAX_LATENT_SIZE:
+            raise ValueError(
+                f"`latent_size` must be a whole number from 1 to {MAX_LATENT_SIZE}, got {self.latent_size}."
+            )
         if self.latent_head not in LATENT_HEADS:
             raise ValueError(f"`latent_head` must be one of {LATENT_HEADS}, got {self.latent_head!r}.")
+        ids = (self.latent_start_token_id, self.latent_pad_token_id, self.latent_end_token_id)
+        are_ids = all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == 3
+        if ids != (None, None, None) and not are_ids:
+            raise ValueError(f"The ids of start, pad and end of a span must be three different numbers, got {ids}.")
 
-    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        if not isinstance(config_dict.get("vlm_config"), dict) or not config_dict["vlm_config"].get("model_type"):
+            # The default would be a model of eight billion parameters.
+            raise ValueError("The config has no `vlm_config` with a `model_type`, which says what backbone it has.")
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def latent_token_ids(self) -> tuple[int, int, int]:
+        """Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`.
+
+        Raises:
+            ValueError: if the config has none.
+        """
+        start, pad, end = self.latent_start_token_id, self.latent_pad_token_id, self.latent_end_token_id
+        if start is None or pad is None or end is None:
+            raise ValueError("The config has no ids of the latent tokens. Start from a backbone with `from_backbone`.")
+        return start, pad, end
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(*args, **kwargs)
 
     @property
@@ -61,33 +90,3 @@ class ILVRConfig(PreTrainedConfig):
     @property
     def video_token_id(self) -> int | None:
         return getattr(self.vlm_config, "video_token_id", None)
-
-
-def latent_token_ids(vlm_config, tokenizer, latent_size: int | None = None) -> tuple[int, int, int, int]:
-    """Ids of the latent tokens for a plain backbone, and its latent size.
-
-    Adds the tokens to `tokenizer` if it lacks them. A config of the paper's reference code, with `latent_token_id`,
-    `latent_start_id`, `latent_end_id` and `latent_size`, keeps what it was trained with.
-
-    Returns:
-        `tuple`: start id, pad id, end id, latent size (8 if neither the caller nor the config names one).
-
-    Raises:
-        ValueError: if `latent_size` disagrees with the checkpoint's, or a checkpoint's ids with its tokenizer's.
-    """
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in LATENT_TOKENS], True)
-    ids = tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
-    trained_size = getattr(vlm_config, "latent_size", None)
-    if hasattr(vlm_config, "latent_token_id"):
-        trained_ids = [vlm_config.latent_start_id, vlm_config.latent_token_id, vlm_config.latent_end_id]
-        if trained_ids != ids:
-            raise ValueError(
-                f"The checkpoint was trained with latent ids {trained_ids}, its tokenizer gives {ids}. Use the "
-                "tokenizer that was saved with the checkpoint."
-            )
-    if trained_size is not None and latent_size not in (None, trained_size):
-        raise ValueError(
-            f"latent_size={latent_size} disagrees with the checkpoint, which was trained with {trained_size}. Leave "
-            "latent_size out to use the checkpoint's."
-        )
-    return *ids, latent_size or trained_size or 8

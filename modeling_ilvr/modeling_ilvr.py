@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from .backbone_loading import add_token_rows, check_weights, without_local_path
-from .configuration_ilvr import ILVRConfig, latent_token_ids
+from .backbone_loading import (
+    add_latent_tokens,
+    add_token_rows,
+    check_reference_ids,
+    check_weights,
+    load_adapter,
+    resolve_latent_size,
+    without_local_path,
+)
+from .configuration_ilvr import ILVRConfig
 from .latent_attention import AttentionRule, AttentionSeat
 from .latent_filling import fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
@@ -333,15 +342,16 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         if vlm_config.model_type == ILVRConfig.model_type:
             raise ValueError(f"{name_or_path} is an ILVR checkpoint already: load it with from_pretrained.")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
-        start_id, pad_id, end_id, latent_size = latent_token_ids(vlm_config, tokenizer, latent_size)
+        latent_size, ids = resolve_latent_size(vlm_config, latent_size), add_latent_tokens(tokenizer)
+        check_reference_ids(vlm_config, ids)
         vlm_config = without_local_path(vlm_config)
         config = ILVRConfig(
             vlm_config=vlm_config,
             latent_size=latent_size,
             latent_head=latent_head,
-            latent_start_token_id=start_id,
-            latent_pad_token_id=pad_id,
-            latent_end_token_id=end_id,
+            latent_start_token_id=ids[0],
+            latent_pad_token_id=ids[1],
+            latent_end_token_id=ids[2],
         )
         with torch.device("meta"):
             model = cls(config)
@@ -349,7 +359,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         vlm, report = AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
         check_weights(name_or_path, report)
         if not hasattr(vlm_config, "latent_token_id"):
-            add_token_rows(vlm, [start_id, pad_id, end_id])
+            add_token_rows(vlm, ids)
         vlm.config = without_local_path(vlm.config)
         model.name_or_path = vlm.config._name_or_path  # PEFT notes it as an adapter's base
         model.config.vlm_config = vlm.config
@@ -360,6 +370,29 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         model.generation_config = vlm.generation_config
         model.tie_weights()
         return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.PreTrainedModel.from_pretrained`]; also takes an adapter that [`ILVRTrainer`] has saved.
+
+        Returns:
+            The model; a `PeftModel` over its backbone for an adapter, trainable with `is_trainable=True`.
+
+        Raises:
+            ValueError: for a plain backbone, and for an adapter that was saved without its ILVR config.
+        """
+        if "config" not in kwargs and kwargs.get("state_dict") is None and pretrained_model_name_or_path is not None:
+            hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+            adapter = find_adapter_config_file(pretrained_model_name_or_path, **hub)
+            if adapter is not None:
+                return load_adapter(cls, pretrained_model_name_or_path, adapter, hub, **kwargs)
+            saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            if saved.get("model_type", ILVRConfig.model_type) != ILVRConfig.model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a plain {saved['model_type']} backbone, not an ILVR model. "
+                    "Start from it with `ILVRForConditionalGeneration.from_backbone`."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """As [`~transformers.PreTrainedModel.save_pretrained`], with the names that the weights have in the model.

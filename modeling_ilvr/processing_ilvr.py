@@ -2,6 +2,9 @@
 
 import inspect
 import json
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import transformers
 from jinja2 import TemplateError
@@ -10,7 +13,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_ilvr import LATENT_TOKENS, latent_token_ids
+from .backbone_loading import add_latent_tokens, check_reference_ids, resolve_latent_size
+from .configuration_ilvr import LATENT_TOKENS
 
 
 # One template for all chat formats. An image in an assistant turn is a helper image and renders as a span of K pads.
@@ -44,7 +48,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def _chat_format(headers, image, end, begin="", space="", default_system=""):
+def _chat_format(headers: list[str], image: str, end: str, begin: str = "", space: str = "", default_system: str = ""):
     roles = ("system", "user", "assistant")
     return {
         "HEADERS": dict(zip(roles, headers)),
@@ -59,24 +63,17 @@ def _chat_format(headers, image, end, begin="", space="", default_system=""):
 CHATML_HEADERS = [f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")]
 COLON_HEADERS = ["System:", "User:", "Assistant:"]
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
-CHAT_FORMATS = (
-    _chat_format(CHATML_HEADERS, VISION, "<|im_end|>"),  # Qwen3-VL
-    _chat_format(  # Qwen2.5-VL
-        CHATML_HEADERS,
-        VISION,
-        "<|im_end|>",
-        default_system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-    ),
-    _chat_format(COLON_HEADERS, "<image>", "<end_of_utterance>", begin="<|im_start|>", space=" "),  # SmolVLM
-    _chat_format(COLON_HEADERS, "<image>", "<end_of_utterance>", begin="<|begin_of_text|>", space=" "),  # Idefics3
-    _chat_format(CHATML_HEADERS, "<IMG_CONTEXT>\n", "<|im_end|>"),  # InternVL
-    _chat_format(  # Gemma 3
-        ["<start_of_turn>user\n", "<start_of_turn>user\n", "<start_of_turn>model\n"],
-        "<start_of_image>",
-        "<end_of_turn>",
-        begin="<bos>",
-    ),
-)
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+GEMMA_HEADERS = ["<start_of_turn>user\n", "<start_of_turn>user\n", "<start_of_turn>model\n"]
+CHAT_FORMATS = {
+    "Qwen3-VL": _chat_format(CHATML_HEADERS, VISION, "<|im_end|>"),
+    "Qwen2.5-VL": _chat_format(CHATML_HEADERS, VISION, "<|im_end|>", default_system=QWEN_SYSTEM),
+    "SmolVLM": _chat_format(COLON_HEADERS, "<image>", "<end_of_utterance>", begin="<|im_start|>", space=" "),
+    "Idefics3": _chat_format(COLON_HEADERS, "<image>", "<end_of_utterance>", begin="<|begin_of_text|>", space=" "),
+    "InternVL": _chat_format(CHATML_HEADERS, "<IMG_CONTEXT>\n", "<|im_end|>"),
+    "Gemma 3": _chat_format(GEMMA_HEADERS, "<start_of_image>", "<end_of_turn>", begin="<bos>"),
+}
+ROLES = ("system", "user", "assistant")
 PROBE = (
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A board."}]},
@@ -97,20 +94,38 @@ class ILVRProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self, image_processor=None, tokenizer=None, chat_template=None, latent_size=8, backbone_processor=None
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        latent_size: int = 8,
+        backbone_processor: dict[str, Any] | None = None,
     ):
         self.latent_size = latent_size
         self.backbone_processor = backbone_processor or {"processor_class": "Qwen2_5_VLProcessor"}
         arguments = dict(self.backbone_processor)
-        processor_class = getattr(transformers, arguments.pop("processor_class"))
+        name = arguments.pop("processor_class")
+        processor_class = getattr(transformers, name, None)
+        if not (isinstance(processor_class, type) and issubclass(processor_class, ProcessorMixin)):
+            raise ValueError(f"`backbone_processor` names {name!r}, which is no processor of transformers.")
         if "video_processor" in inspect.signature(processor_class.__init__).parameters:
             arguments["video_processor"] = None
         self._backbone = _image_only(processor_class)(image_processor, tokenizer, **arguments)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def __reduce__(self):
+        # `_backbone` is of a class that no module holds, and is made again from the parts.
+        parts = (self.image_processor, self.tokenizer, self.chat_template, self.latent_size, self.backbone_processor)
+        return type(self), parts
+
+    def __copy__(self) -> "ILVRProcessor":
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     @classmethod
     def from_backbone(
-        cls, name_or_path: str, *, latent_size: int | None = None, chat_template: str | None = None, **kwargs
+        cls, name_or_path: str, *, latent_size: int | None = None, chat_template: str | None = None, **kwargs: Any
     ) -> "ILVRProcessor":
         """Starts from the tokenizer and image processor of a plain vision-language checkpoint.
 
@@ -127,9 +142,11 @@ class ILVRProcessor(ProcessorMixin):
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         if config.model_type not in PROCESSOR_MAPPING_NAMES:
             raise ValueError(f"{name_or_path} ({config.model_type}) is not a vision-language model of transformers.")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        # What is generated follows the prompt. The trainer pads by itself.
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{"padding_side": "left", **kwargs})
         image_processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
-        *_, latent_size = latent_token_ids(config, tokenizer, latent_size)
+        latent_size = resolve_latent_size(config, latent_size)
+        check_reference_ids(config, add_latent_tokens(tokenizer))
         processor_class = PROCESSOR_MAPPING_NAMES[config.model_type]
         if chat_template is None:
             chat_template = _template_with_spans(_backbone_chat_template(name_or_path, tokenizer, kwargs), latent_size)
@@ -139,7 +156,35 @@ class ILVRProcessor(ProcessorMixin):
             k: v for k, v in saved.items() if k in accepted and not isinstance(v, dict) and k != "chat_template"
         }
         backbone_processor = {"processor_class": processor_class, **settings}
-        return cls(image_processor, tokenizer, chat_template, latent_size, backbone_processor)
+        processor = cls(image_processor, tokenizer, chat_template, latent_size, backbone_processor)
+        processor.check_chat_template()
+        return processor
+
+    def check_chat_template(self):
+        """Renders a probe and counts what the trainer relies on.
+
+        Raises:
+            ValueError: if a helper image does not become one span of `latent_size` latents, or the assistant's words
+                are not marked by `{% generation %}`.
+        """
+        probe = (PROBE[0], {"role": "assistant", "content": [{"type": "text", "text": "A"}, {"type": "image"}]})
+        (text,), (marks,) = render_jinja_template(
+            conversations=[list(probe)],
+            chat_template=self.chat_template or "",
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        found, expected = [text.count(token) for token in LATENT_TOKENS], [1, self.latent_size, 1]
+        if found != expected:
+            raise ValueError(
+                f"The chat template renders a helper image as {found} start, pad and end tokens; with "
+                f"latent_size={self.latent_size} it must be {expected}."
+            )
+        if not any("A" in text[start:stop] for start, stop in marks):
+            raise ValueError(
+                "The chat template does not mark the assistant's words: put {% generation %} and {% endgeneration %} "
+                "around them, or nothing is learned."
+            )
 
     @property
     def image_token(self) -> str:
@@ -157,29 +202,31 @@ class ILVRProcessor(ProcessorMixin):
     @property
     def latent_token_ids(self) -> tuple[int, int, int]:
         """Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`."""
-        return tuple(self.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS)))
+        start, pad, end = self.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
+        return start, pad, end
 
     @property
     def model_input_names(self) -> list[str]:
         return self._backbone.model_input_names
 
-    def create_mm_token_type_ids(self, *args, **kwargs):
+    def create_mm_token_type_ids(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         return self._backbone.create_mm_token_type_ids(*args, **kwargs)
 
-    def _get_num_multimodal_tokens(self, *args, **kwargs):
+    def _get_num_multimodal_tokens(self, *args: Any, **kwargs: Any):
         return self._backbone._get_num_multimodal_tokens(*args, **kwargs)
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any):
         """The backbone's processing: image placeholders in `text` are expanded, images become pixel values."""
         return self._backbone(images=images, text=text, **kwargs)
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.ProcessorMixin.apply_chat_template`]; an assistant's image becomes a latent span.
 
         The pixels of such a helper image are not model inputs and are left out.
 
         Raises:
-            ValueError: if a text holds one of the latent tokens: spans come from images, not from text.
+            ValueError: if a turn is none that can be rendered, or its text holds one of the latent tokens: spans come
+                from images, not from text.
         """
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batched else [conversation]
@@ -187,34 +234,43 @@ class ILVRProcessor(ProcessorMixin):
         return super().apply_chat_template(checked if is_batched else checked[0], *args, **kwargs)
 
 
-def _image_only(processor_class):
+@cache
+def _image_only(processor_class: type) -> type:
     """The backbone's processor class without its video processor, which needs torchvision."""
     attributes = {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])}
     return type(processor_class.__name__, (processor_class,), attributes)
 
 
 def _checked_message(message: dict) -> dict:
-    content = message.get("content")
-    if isinstance(content, str) or content is None:
-        content = [{"type": "text", "text": content or ""}]
-    parts = []
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"Unknown role {role!r}. Use one of {', '.join(ROLES)}.")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"The content of the {role} turn must be a text or a list of parts, got {content!r:.80}.")
+    parts, joined = [], ""
     for part in content:
-        found = [token for token in LATENT_TOKENS if token in (part.get("text") or "")]
+        kind, text = part.get("type"), part.get("text")
+        if kind not in ("text", "image") or (kind == "text" and not isinstance(text, str)):
+            raise ValueError(f"A part of the {role} turn must be a text with its words or an image, got {part!r:.80}.")
+        joined = "" if kind == "image" else joined + text  # parts are rendered without a break
+        found = [token for token in LATENT_TOKENS if token in joined]
         if found:
             raise ValueError(
-                f"The {message['role']} text {part['text'][:80]!r} holds {found[0]}. Latent tokens are made from "
-                "images in assistant turns; remove them from the text."
+                f"The {role} text {joined[:80]!r} holds {found[0]}. Latent tokens are made from images in assistant "
+                "turns; remove them from the text."
             )
-        is_helper = message["role"] == "assistant" and part["type"] == "image"
+        is_helper = role == "assistant" and kind == "image"
         parts.append({"type": "image"} if is_helper else part)
     return {**message, "content": parts}
 
 
-def _backbone_chat_template(name_or_path, tokenizer, kwargs) -> str:
+def _backbone_chat_template(name_or_path: str, tokenizer: Any, kwargs: dict) -> str:
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template
     file = cached_file(name_or_path, "chat_template.jinja", _raise_exceptions_for_missing_entries=False, **kwargs)
-    return "" if file is None else open(file, encoding="utf-8").read()
+    return "" if file is None else Path(file).read_text(encoding="utf-8")
 
 
 def _template_with_spans(backbone_template: str, latent_size: int) -> str:
@@ -223,19 +279,19 @@ def _template_with_spans(backbone_template: str, latent_size: int) -> str:
         expected = _render_probe(backbone_template, bos_token="<bos>")
     except TemplateError:
         expected = None  # the backbone's template does not know such messages
-    for chat_format in CHAT_FORMATS:
+    for chat_format in CHAT_FORMATS.values():
         settings = {**chat_format, "LATENT_SIZE": latent_size}
         header = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in settings.items())
         if _render_probe(header + CHAT_TEMPLATE) == expected:
             return header + CHAT_TEMPLATE
     raise ValueError(
-        "The backbone's chat template is none of those known here (Qwen2.5-VL, Qwen3-VL, SmolVLM, Idefics3, InternVL, "
-        "Gemma 3), so how a latent span is rendered is not known. Pass chat_template=, with images of assistant turns "
+        f"The backbone's chat template is none of those known here ({', '.join(CHAT_FORMATS)}), so how a latent span "
+        "is rendered is not known. Pass chat_template=, with images of assistant turns "
         "rendered as <|latent_start|>, latent_size times <|latent_pad|> and <|latent_end|>, and {% generation %} "
         "around the assistant's words."
     )
 
 
-def _render_probe(template: str, **kwargs) -> list[str]:
+def _render_probe(template: str, **kwargs: Any) -> list[str]:
     prompts = [{"conversations": [PROBE], "add_generation_prompt": True}, {"conversations": [PROBE[:2]]}]
     return [render_jinja_template(**prompt, chat_template=template, **kwargs)[0] for prompt in prompts]

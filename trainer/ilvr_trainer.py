@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -28,6 +28,7 @@ from .losses import alignment_loss, mean_pairwise_cosine, token_loss, token_stat
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
 from .running.checks import check_agreement, check_batch_size
 from .running.durable_trainer import DurableTrainer
+from .running.loading import load_model, load_processor
 from .running.sharding import is_sharded
 from .target_selection import TargetSelector
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
@@ -42,7 +43,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
     Trainer for Interleaved Latent Visual Reasoning (arXiv 2512.05665).
 
     Args:
-        model (`str` or [`ILVRForConditionalGeneration`]): the student.
+        model (`str`, [`ILVRForConditionalGeneration`] or `PeftModel` over one): the student; as a string, the Hub id
+            or folder of an ILVR checkpoint, or of an adapter that this trainer has saved, which is trained further.
         args ([`ILVRTrainingConfig`], *optional*).
         train_dataset, eval_dataset (`Dataset`, `IterableDataset` or, for eval, a `dict` of them):
             conversations in TRL's vision format; an image part in an assistant turn is a helper image.
@@ -85,16 +87,14 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         **kwargs: Any,
     ):
         args = args or ILVRTrainingConfig("ilvr-output")
-        if isinstance(model, str):
-            # TRL parses a string of the command line when the config is made.
-            given = cast(dict[str, Any], args.model_init_kwargs or {})
-            loading = {"trust_remote_code": args.trust_remote_code, **given}
-            if processing_class is None:
-                processing_class = AutoProcessor.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-            model = AutoModelForImageTextToText.from_pretrained(model, **loading)
-            args.model_init_kwargs = None
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+            source = model if isinstance(model, str) else model.config._name_or_path
+            processing_class = load_processor(source, trust_remote_code=args.trust_remote_code)
+        if isinstance(model, str):
+            # TRL has parsed the string of a command line.
+            given = cast(dict[str, Any], args.model_init_kwargs or {})
+            model = load_model(model, trust_remote_code=args.trust_remote_code, **given)
+            args.model_init_kwargs = None
         base_model = ilvr_model(model)
         check_agreement(base_model, processing_class)
         check_batch_size(base_model, args, eval_dataset)

@@ -105,8 +105,7 @@ class TargetSelector:
         hidden = self._teacher_states(inputs, num_spans)
         is_image = input_ids == config.image_token_id
         prompt = inputs["attention_mask"].bool() & ~assistant_mask & (assistant_mask.cumsum(1) == 0)
-        latent_ids = (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id)
-        text_masks = span_text_masks(input_ids, assistant_mask, latent_ids, num_spans)
+        text_masks = span_text_masks(input_ids, assistant_mask, config.latent_token_ids, num_spans)
         return Queries(
             whole=global_query(hidden, prompt & ~is_image, prompt & is_image),
             text=masked_mean(hidden.unsqueeze(1), text_masks),

@@ -1,16 +1,17 @@
 """PEFT: what an adapter of a latent-reasoning model needs beside the layers that the user names."""
 
 import copy
+from typing import Any
 
 from accelerate.utils import is_peft_model
 
 
-def ilvr_model(model):
+def ilvr_model(model: Any) -> Any:
     """The ILVR model inside a PEFT model, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def vision_modules(model) -> list[str]:
+def vision_modules(model: Any) -> list[str]:
     """Names, in an ILVR model with or without its head, of the parts of the backbone that are not its text decoder:
     vision tower and merger."""
     core = getattr(model, "core", None) or model.model.core
@@ -19,13 +20,13 @@ def vision_modules(model) -> list[str]:
     return [f"{prefix}.{name}" for name, module in core.named_children() if module is not decoder]
 
 
-def freeze_vision_tower(model):
+def freeze_vision_tower(model: Any):
     """Freezes everything of the backbone that is not its text decoder or language-model head: tower and merger."""
     for name in vision_modules(model):
         model.get_submodule(name).requires_grad_(False)
 
 
-def complete_peft_config(peft_config, model, *, freeze_vision: bool):
+def complete_peft_config(peft_config: Any, model: Any, *, freeze_vision: bool) -> Any:
     """A copy of a PEFT config that also trains and saves what a new latent span brings.
 
     Unless the config says otherwise: the embedding rows of the latent tokens (`trainable_token_indices`, also of the
@@ -41,8 +42,7 @@ def complete_peft_config(peft_config, model, *, freeze_vision: bool):
     if model.config.latent_head != "identity" and "latent_head" not in saved:
         peft_config.modules_to_save = saved = [*saved, "latent_head"]
     if hasattr(peft_config, "trainable_token_indices") and peft_config.trainable_token_indices is None:
-        config = model.config
-        ids = [config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id]
+        ids = model.config.latent_token_ids
         names = {module: name for name, module in model.named_modules()}
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         modules = [embeddings] if head.weight is embeddings.weight else [embeddings, head]

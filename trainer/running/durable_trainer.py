@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
@@ -298,4 +299,7 @@ class DurableTrainer(_Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.model_card().save(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            if is_peft_model(self.accelerator.unwrap_model(self.model)):
+                self.student.config.save_pretrained(folder)  # an adapter does not say how many latents a span has
+            self.model_card().save(folder)
