@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .conversations import SampleError
+from .conversations import SampleError, image_roles
 
 
 logger = logging.get_logger(__name__)
@@ -127,8 +127,7 @@ def check_spans(messages: list[dict[str, Any]], input_ids: list[int], processor:
     Raises:
         SampleError: if the numbers of start, pad and end tokens are others.
     """
-    images = [m for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image"]
-    num_helpers = sum(message["role"] == "assistant" for message in images)
+    num_helpers = image_roles(messages).count("assistant")
     found = [input_ids.count(token_id) for token_id in processor.latent_token_ids]
     expected = [num_helpers, num_helpers * processor.latent_size, num_helpers]
     if found != expected:

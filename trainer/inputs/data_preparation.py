@@ -11,7 +11,7 @@ from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ilvr import ILVRProcessor
-from ilvr.data.conversations import ROLES, SampleError
+from ilvr.data.conversations import ROLES, SampleError, image_roles
 from ilvr.data.images import image_size
 from ilvr.data.token_counts import SizeTokenizer, check_spans
 
@@ -234,8 +234,7 @@ def checked_messages(sample: dict) -> list[dict]:
 
 def assign_images(messages: list[dict], num_images: int, where: str) -> tuple[list[int], list[int]]:
     """Which images, by their number, belong to user turns, and which to assistant turns (helper images)."""
-    parts = [(m["role"], p["type"]) for m in messages if not isinstance(m["content"], str) for p in m["content"]]
-    roles = [role for role, kind in parts if kind == "image"]
+    roles = image_roles(messages)
     if len(roles) != num_images:
         raise ValueError(
             f"{where} has {len(roles)} image parts in its messages but {num_images} images. Each image needs one part "
