@@ -80,7 +80,8 @@ def add_token_rows(vlm: PreTrainedModel, token_ids: tuple[int, ...]):
     num_rows = vlm.get_input_embeddings().weight.shape[0]
     if max(token_ids) >= num_rows:
         vlm.resize_token_embeddings(max(token_ids) + 1, mean_resizing=False)
-    weights = {id(m.weight): m.weight for m in (vlm.get_input_embeddings(), vlm.get_output_embeddings())}
+    layers: Any = (vlm.get_input_embeddings(), vlm.get_output_embeddings())
+    weights = {id(layer.weight): layer.weight for layer in layers}
     for weight in weights.values():
         weight[list(token_ids)] = weight[: min(token_ids)].float().mean(0).to(weight.dtype)
 

@@ -157,7 +157,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.accelerator.num_processes
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SpanGroupedSampler(dataset["num_spans"], dataset["length"], batch_size=batch_size, seed=seed)
+        spans, lengths = (cast(Any, dataset)[column] for column in ("num_spans", "length"))
+        return SpanGroupedSampler(spans, lengths, batch_size=batch_size, seed=seed)
 
     # ---------------------------------------------------------------------------------------------- the training step
 
