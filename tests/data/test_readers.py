@@ -133,6 +133,51 @@ def test_json_array_that_breaks_off_or_is_malformed(tmp_path, monkeypatch):
     assert isinstance(error, SampleError) and progress < 5000
 
 
+GOOD = '{"a": 1}'
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    "text, good, line, message",
+    [
+        (f"[{GOOD}]\n\n{GOOD}\n{GOOD}\n", 1, 3, "goes on behind the end of the array"),
+        (f"[{GOOD},\n{GOOD}]\n[{GOOD}]\n", 2, 3, "goes on behind the end of the array"),
+        (f"[{GOOD}] garbage", 1, 1, "goes on behind the end of the array"),
+        (f"[]\n{GOOD}\n", 0, 2, "goes on behind the end of the array"),
+        (f"[{GOOD}\n{GOOD}]", 1, 2, "a comma is missing between two rows"),
+        (f"[{GOOD},\n,{GOOD}]", 1, 2, "no JSON"),
+        (f"[{GOOD},\n]", 1, 2, "no JSON"),
+        (f"[,{GOOD}]", 0, 1, "no JSON"),
+    ],
+)
+def test_what_follows_a_row_or_an_array_is_read(text, good, line, message, size, tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvr.data.row_files.CHUNK_CHARACTERS", size)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    *rows, (number, error, _) = read_rows(path)
+    assert [row for _, row, _ in rows] == [{"a": 1}] * good
+    assert number == line and message in str(error)
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvr.data.row_files.MAX_ROW_CHARACTERS", 1000)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{GOOD}\n{{"a": "' + "x" * 100_000)
+    (_, row, _), (number, error, progress) = read_rows(path)
+    assert row == {"a": 1} and number == 2 and progress == 1000
+    assert str(error) == "line: is longer than 1000 bytes. Split it; what follows cannot be read."
+
+
+def test_keys_given_twice_and_deep_nesting(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for wrap in ("{}\n{}\n{}\n", "[{},\n{},\n{}]"):
+        bad = ['{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 2}]}', '{"a": ' + "[" * 300 + "]" * 300 + "}"]
+        path.write_text(wrap.format(*bad))
+        first, second, deep = [str(row) for _, row, _ in read_rows(path)]
+        assert first == second == "row: the key 'a' is given 2 times. Keep one of them."
+        assert deep == "row: is nested more than 100 deep. Flatten it or leave the sample out."
+
+
 @pytest.mark.skipif(not VSP_EXAMPLES.exists(), reason="the VSP examples are not part of the repository")
 def test_vsp_examples(tmp_path, processor):
     # `./data/examples/` stands for the folder of the examples.
