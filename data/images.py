@@ -3,15 +3,26 @@
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
 from .conversations import SampleError
 
 
-def locate_image(value, field: str, image_root: Path | None) -> dict:
+PILImage.init()
+# Formats of photos and of the web. Others are refused: PIL would hand EPS to Ghostscript, which runs it as a program.
+IMAGE_FORMATS = [
+    format
+    for format in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+    if format in PILImage.OPEN
+]
+
+
+def locate_image(value: object, field: str, image_root: Path | None) -> dict:
     """Where an image is read from; nothing is opened.
 
     Args:
@@ -51,51 +62,69 @@ def locate_image(value, field: str, image_root: Path | None) -> dict:
     return {"bytes": None, "path": str(path)}
 
 
-def open_image(image, where: str) -> PILImage.Image:
-    """Decodes an image of a sample.
+def open_image(image: PILImage.Image | str | dict, where: str) -> PILImage.Image:
+    """Decodes an image of a sample, to the pixels that `transformers.image_utils.load_image` gives at inference.
 
     Args:
         image (`PIL.Image.Image`, `str` or `dict`): an image, a path, or `datasets`' dict of `bytes` and `path`.
         where (`str`): names the image in errors.
 
     Returns:
-        `PIL.Image.Image`: RGB.
+        `PIL.Image.Image`: RGB, turned as its Exif orientation says; transparent pixels have their stored colour.
 
     Raises:
-        ValueError: if there is no such file, it is no image, or it has so many pixels that PIL suspects a
-            decompression bomb; that is seen in the header, before anything is decoded.
+        ValueError: if there is no such file, it is no image of `IMAGE_FORMATS`, it has more than 8 bits a channel, or
+            so many pixels that PIL suspects a decompression bomb; the latter two are seen in the header, before
+            anything is decoded.
     """
-    if isinstance(image, PILImage.Image):
-        return image.convert("RGB")
     with _opened(image, where) as opened:
-        return opened.convert("RGB")
+        return ImageOps.exif_transpose(opened).convert("RGB")
 
 
-def image_size(image, where: str) -> tuple[int, int]:
-    """Width and height in pixels, from the header; arguments and errors as in [`open_image`]."""
-    if isinstance(image, PILImage.Image):
-        return image.size
+def image_size(image: PILImage.Image | str | dict, where: str) -> tuple[int, int]:
+    """Width and height in pixels of what [`open_image`] gives, from the header; arguments and errors as there."""
     with _opened(image, where) as opened:
-        return opened.size
+        width, height = opened.size
+        # PIL's method for PNG decodes the pixels to look for Exif data behind them; its size for TIFF is the turned one.
+        orientation = PILImage.Image.getexif(opened).get(ExifTags.Base.Orientation)
+        return (height, width) if orientation in (5, 6, 7, 8) and opened.format != "TIFF" else (width, height)
 
 
 @contextmanager
-def _opened(image, where: str):
+def _opened(image: PILImage.Image | str | dict, where: str) -> Iterator[PILImage.Image]:
+    if isinstance(image, PILImage.Image):
+        _check_mode(image, where)
+        yield image
+        return
     source = image.get("path") if isinstance(image, dict) else image
     data = image.get("bytes") if isinstance(image, dict) else None
+    name = f"{where} ({source or 'bytes'})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(io.BytesIO(data) if data is not None else source) as opened:
+            with PILImage.open(io.BytesIO(data) if data is not None else source, formats=IMAGE_FORMATS) as opened:
+                _check_mode(opened, name)
                 yield opened
+    except _ModeError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"{where}: there is no file {source}. Correct the path or leave the sample out.") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large, as a decompression bomb would be: {error} Shrink it.") from error
+    # The decoders of a broken file raise what they like: RuntimeError (AVIF), SyntaxError (PNG), struct.error, …
+    except Exception as error:
         raise ValueError(
-            f"{where} ({source or 'bytes'}) is too large, as a decompression bomb would be: {error} Shrink it."
+            f"{name} is no image that can be read: {error}. Replace it by a {', '.join(IMAGE_FORMATS)} file."
         ) from error
-    # PIL raises ValueError for oversized text chunks and SyntaxError for some broken PNG files.
-    except (OSError, AttributeError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it."
-        ) from error
+
+
+class _ModeError(ValueError):
+    pass
+
+
+def _check_mode(image: PILImage.Image, name: str):
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise _ModeError(
+            f"{name} has more than 8 bits a channel (mode {image.mode}), which the change to RGB would clip to white. "
+            "Scale it to 8 bits."
+        )

@@ -1,5 +1,6 @@
 """Readers: rows written by hand in each format, to conversations that the trainer takes."""
 
+import io
 import json
 import logging
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from helpers import MIRAGE, MONET, MONET_SPAN, NATIVE, REFERENCE, ROWS, ZEBRA_COT, make_image, write_jsonl
+from PIL import ExifTags, ImageFile
 from PIL import Image as PILImage
+from transformers.image_utils import load_image
 
 from ilvr.data import SampleError, load_conversations
 from ilvr.data.conversations import last_boxed
@@ -307,6 +310,76 @@ def test_header_and_pixels(image_root):
             open_image(broken, "Image 3")
     with pytest.raises(ValueError, match="Image 3: there is no file nowhere.png"):
         image_size("nowhere.png", "Image 3")
+
+
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_as_at_inference(format, tmp_path, monkeypatch):
+    for orientation in (1, 3, 6, 8):
+        exif = PILImage.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        image = PILImage.linear_gradient("L").resize((96, 64)).convert("RGB")
+        path = tmp_path / f"turned.{format.lower()}"
+        path.write_bytes(encoded(image, format, exif=exif))
+        opened = open_image(str(path), "")
+        assert opened.size == ((96, 64) if orientation < 5 else (64, 96))
+        assert opened.tobytes() == load_image(str(path)).tobytes()
+        with PILImage.open(path) as lazy:
+            assert open_image(lazy, "").tobytes() == opened.tobytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("was decoded"))
+            assert image_size(str(path), "") == opened.size
+            with PILImage.open(path) as lazy:
+                assert image_size(lazy, "") == opened.size
+
+
+def test_colours_are_those_at_inference(tmp_path):
+    transparent = PILImage.new("RGBA", (4, 4), (200, 10, 20, 0))
+    images = {"RGBA": transparent, "P": transparent.convert("P"), "LA": transparent.convert("LA")}
+    images |= {mode: PILImage.new(mode, (4, 4), 1) for mode in ("1", "L")}
+    for name, image in images.items():
+        path = tmp_path / f"{name}.png"
+        image.save(path)
+        assert open_image(str(path), "").tobytes() == load_image(str(path)).tobytes()
+
+
+@pytest.mark.parametrize("mode, format", [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
+def test_deep_colours_are_refused_and_not_clipped(mode, format):
+    image = PILImage.new(mode, (4, 4))
+    for value in (image, {"bytes": encoded(image, format), "path": None}):
+        for function in (open_image, image_size):
+            with pytest.raises(
+                ValueError, match=rf"Image 3.* more than 8 bits a channel \(mode {mode}\).*Scale it to 8"
+            ):
+                function(value, "Image 3")
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # is looked for on the PATH
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(make_image("red"), "EPS"))
+    with pytest.raises(ValueError, match="Image 3 .* is no image that can be read"):
+        open_image(str(path), "Image 3")
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("format, whole, broken", [("AVIF", b"iloc", b"xxxx"), ("WEBP", b"VP8 ", b"VP8L")])
+def test_decoders_that_fail_name_the_image(format, whole, broken):
+    data = encoded(make_image("red"), format).replace(whole, broken)
+    for function in (open_image, image_size):
+        with pytest.raises(ValueError, match=r"Image 3 \(bytes\) is no image that can be read"):
+            function({"bytes": data, "path": None}, "Image 3")
 
 
 # Bad rows: each error names the field and the remedy.
