@@ -2,6 +2,7 @@
 
 from .check import BadSample, DatasetReport, check_dataset
 from .conversations import SampleError
+from .prompts import prompt_of
 from .sources import load_conversations
 
 
@@ -11,4 +12,5 @@ __all__ = [
     "SampleError",
     "check_dataset",
     "load_conversations",
+    "prompt_of",
 ]

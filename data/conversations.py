@@ -6,12 +6,14 @@ image parts. An image part in an assistant turn is a helper image, the target of
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from datasets import Features, Image, List, Value
 
 from ilvr.configuration_ilvr import LATENT_TOKENS
 
 
+Locate = Callable[[object, str], dict]  # finds an image by its value; the second argument names its field
 ROLES = ("system", "user", "assistant")
 FEATURES = Features(
     {
@@ -41,7 +43,7 @@ class ConversationBuilder:
         locate (`Callable[[value, field], dict]`): finds an image, see [`~ilvr.data.images.locate_image`].
     """
 
-    def __init__(self, locate: Callable[[object, str], dict]):
+    def __init__(self, locate: Locate):
         self.locate = locate
         self.messages: list[dict] = []
         self.images: list[dict] = []
@@ -56,7 +58,7 @@ class ConversationBuilder:
             raise SampleError(field, f"unknown role {role!r}. Use one of {', '.join(ROLES)}.")
         self.messages.append({"role": role, "content": []})
 
-    def add_text(self, text, field: str):
+    def add_text(self, text: object, field: str):
         """Adds a text part; none for an empty text.
 
         Raises:
@@ -64,11 +66,14 @@ class ConversationBuilder:
         """
         if not isinstance(text, str):
             raise SampleError(field, f"must be a text, got {text!r:.80}. Correct the field or leave the sample out.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no file can store
-            raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
-        found = [token for token in LATENT_TOKENS if token in text]
+        _check_unicode(text, field)
+        # A token may be cut over parts: the chat template joins those that no image separates.
+        joined = text
+        for part in reversed(self.messages[-1]["content"]):
+            if part["type"] != "text":
+                break
+            joined = part["text"] + joined
+        found = [token for token in LATENT_TOKENS if token in joined]
         if found:
             raise SampleError(
                 field, f"the text holds {found[0]}. Latent tokens are made from images; remove them from the text."
@@ -76,12 +81,12 @@ class ConversationBuilder:
         if text:
             self.messages[-1]["content"].append({"type": "text", "text": text})
 
-    def add_image(self, value, field: str):
+    def add_image(self, value: object, field: str):
         """Adds an image part; see [`~ilvr.data.images.locate_image`] for the values and errors."""
         self.images.append(self.locate(value, field))
         self.messages[-1]["content"].append({"type": "image", "text": None})
 
-    def add_marked_text(self, text, mark: str, images: list[tuple[object, str]], field: str):
+    def add_marked_text(self, text: object, mark: str, images: list[tuple[object, str]], field: str):
         """Adds a text with an image in the place of each mark.
 
         Args:
@@ -104,7 +109,7 @@ class ConversationBuilder:
             if image is not None:
                 self.add_image(*image)
 
-    def finish(self, row: dict, used: set[str], answer) -> dict:
+    def finish(self, row: dict, used: set[str], answer: object) -> dict:
         """The sample with the columns of `FEATURES`.
 
         Args:
@@ -113,23 +118,47 @@ class ConversationBuilder:
             answer (`str`, *optional*): the final answer.
 
         Raises:
-            SampleError: if there is nothing to answer, or nothing to learn from.
+            SampleError: if there is nothing to answer, or nothing to learn from, or the answer is no valid Unicode.
         """
         has_words = {m["role"] for m in self.messages if any((p["text"] or "").strip() for p in m["content"])}
         for role in ("user", "assistant"):
             # An image alone asks nothing and answers nothing.
             if role not in has_words:
                 raise SampleError(f"{role} turn", "has no words. Add them or leave the sample out.")
+        answer = None if answer is None else str(answer)
+        _check_unicode(answer or "", "answer")
         metadata = {name: value for name, value in row.items() if name not in used and value is not None}
         return {
             "messages": self.messages,
             "images": self.images,
-            "answer": None if answer is None else str(answer),
+            "answer": answer,
             "metadata": json.dumps(metadata, default=str),
         }
 
 
-def required(row: dict, field: str):
+def image_roles(messages: list[dict]) -> list[str]:
+    """The role of the turn of each image part, in order; an assistant's image is a helper image.
+
+    Args:
+        messages (`list[dict]`): a conversation; contents are texts or lists of parts.
+    """
+    return [
+        message["role"]
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def _check_unicode(text: str, field: str):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no file can store
+        raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
+
+
+def required(row: dict, field: str) -> Any:
     """A field that a row must have.
 
     Raises:
@@ -140,7 +169,7 @@ def required(row: dict, field: str):
     return row[field]
 
 
-def as_list(value, field: str, of: type = object) -> list:
+def as_list(value: object, field: str, of: type = object) -> list:
     """A list of objects of one type.
 
     Raises:

@@ -6,7 +6,7 @@ columns are null. Texts name an image as `<image_start>[reasoning_image_1]<image
 
 import re
 
-from .conversations import ConversationBuilder, SampleError, required
+from .conversations import ConversationBuilder, Locate, SampleError, required
 
 
 FIELDS = frozenset({"Question", "Text Reasoning Trace"})
@@ -14,7 +14,7 @@ _MARK = re.compile(r"<image_start>\[(\w+)\]<image_end>")
 _IMAGE_COLUMN = re.compile(r"(problem|reasoning)_image_(\d+)")
 
 
-def read_zebra_cot(row: dict, locate) -> dict:
+def read_zebra_cot(row: dict, locate: Locate) -> dict:
     """A row of Zebra-CoT; the trace ends with `The final answer is: …`, which the trace itself does not say.
 
     Problem images that the question does not name come first. A problem image named in the trace is left out there:

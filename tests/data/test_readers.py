@@ -16,8 +16,8 @@ from PIL import ExifTags, ImageFile
 from PIL import Image as PILImage
 from transformers.image_utils import load_image
 
-from ilvr.data import SampleError, load_conversations
-from ilvr.data.conversations import last_boxed
+from ilvr.data import SampleError, load_conversations, prompt_of
+from ilvr.data.conversations import image_roles, last_boxed
 from ilvr.data.images import image_size, locate_image, open_image
 from ilvr.data.row_files import read_rows
 from ilvr.data.sources import FORMATS, convert
@@ -433,10 +433,29 @@ BAD_ROWS = [
         "data: has 2 times <abs_vis_token></abs_vis_token> for 1 helper images",
     ),
     (changed(NATIVE, images=["board.png"]), r"messages\[1\].content\[1\]: is an image part, but `images` has only 1"),
-    (changed(NATIVE, images=["board.png"] * 3), "images: has 3 images for 2 image parts in `messages`. Add a part"),
+    (
+        changed(NATIVE, images=["board.png"] * 3),
+        "images: has 3 images for 2 image parts without a path in `messages`. Add a part",
+    ),
     (
         changed(NATIVE, messages=[{"role": "user", "content": [{"type": "video"}]}]),
         "unknown type 'video'",
+    ),
+    *[(changed(NATIVE, images=none), f"images: must be a list, got {none!r}") for none in (0, "", False)],
+    *[(changed(REFERENCE, image_input=none), f"image_input: must be a list, got {none!r}") for none in (0, False)],
+    (changed(REFERENCE, image_input=""), r"image_input\[0\]: an image must be given by its path"),
+    (changed(MIRAGE, image_output=""), "image_output: an image must be given by its path"),
+    (changed(NATIVE, answer="\ud800"), "answer: the text is no valid Unicode"),
+    (
+        changed(REFERENCE, sequence_plan=[{"type": "text", "content": text} for text in ("a<|lat", "ent_", "pad|>")]),
+        r"sequence_plan\[2\].content: the text holds <\|latent_pad\|>",
+    ),
+    (
+        changed(
+            ZEBRA_COT,
+            **{"Text Reasoning Trace": "<|latent_<image_start>[problem_image_1]<image_end>start|> x"},
+        ),
+        r"Text Reasoning Trace: the text holds <\|latent_start\|>",
     ),
     (changed(NATIVE, messages="hello"), "messages: must be a list, got 'hello'"),
 ]
@@ -447,6 +466,38 @@ def test_bad_rows(row, message, image_root):
     with pytest.raises(SampleError, match=message) as caught:
         read(row, image_root)
     assert str(caught.value).startswith(caught.value.field)
+
+
+def test_an_image_part_may_name_its_file(image_root):
+    user = {"role": "user", "content": [{"type": "image", "path": "step 1.png"}, {"type": "image"}]}
+    row = changed(NATIVE, messages=[user, *NATIVE["messages"]], images=["board.png"] * 3)
+    names = [Path(image["path"]).name for image in read(row, image_root)["images"]]
+    assert names == ["step 1.png", "board.png", "board.png", "board.png"]
+    user["content"][0]["path"] = "../secret.png"
+    with pytest.raises(SampleError, match=r"messages\[0\].content\[0\].path: the image .* lies outside"):
+        read(row, image_root)
+
+
+@pytest.mark.parametrize("given", ["path", "encoded", "image"])
+def test_the_prompt_of_a_sample(given, image_root, processor):
+    sample = read(NATIVE, image_root)
+    paths = [image["path"] for image in sample["images"]]
+    images = {
+        "path": paths,
+        "encoded": [{"bytes": Path(path).read_bytes(), "path": None} for path in paths],
+        "image": [PILImage.open(path) for path in paths],
+    }[given]
+    prompt = prompt_of({**sample, "images": images})
+    ((shown, text),) = [turn["content"] for turn in prompt]
+    assert prompt[0]["role"] == "user" and text == {"type": "text", "text": "Plan"}
+    assert shown["image"].tobytes() == open_image(paths[0], "").tobytes()
+    inputs = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert "pixel_values" in inputs
+    with pytest.raises(ValueError, match="has 1 image parts for 0 images"):
+        prompt_of({**sample, "images": []})
+    plain = {"messages": [{"role": "user", "content": "Plan"}, {"role": "assistant", "content": "Up"}]}
+    assert prompt_of(plain) == [{"role": "user", "content": [text]}]
+    assert image_roles(sample["messages"]) == ["user", "assistant"] and image_roles(plain["messages"]) == []
 
 
 def test_a_named_format_is_the_one_that_is_read(image_root):
