@@ -4,12 +4,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from .conversations import SampleError
 from .images import image_size, locate_image, open_image
 from .sources import check_format, convert, find_image_root, is_row_file, iterate_rows
+
+
+if TYPE_CHECKING:
+    from ilvr import ILVRProcessor
 
 
 @dataclass
@@ -70,7 +75,7 @@ class DatasetReport:
         unit = "line" if is_row_file(self.path) else "sample"
         spans = ", ".join(f"{count} with {spans}" for spans, count in self.spans_per_sample.items())
         sizes = {name: f"{width}x{height}" for name, (width, height) in self.image_sizes.items()}
-        lines = [f"{self.path}:{unit} {bad.number}: {bad.message}" for bad in self.bad_samples]
+        lines = [f"{self.path}:{problem}" for problem in _group(self.bad_samples, unit)]
         lines += [
             f"samples           {self.num_samples}: {self.num_good} good, {len(self.bad_samples)} bad",
             f"formats           {', '.join(f'{count} {name}' for name, count in self.formats.items()) or '-'}",
@@ -87,11 +92,11 @@ def check_dataset(
     *,
     format: str | None = None,
     image_root: str | None = None,
-    processor=None,
+    processor: "ILVRProcessor | None" = None,
     max_length: int | None = None,
     decode_images: bool = False,
     show_progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> DatasetReport:
     """Reads a whole data set, one row at a time, and reports what is in it and what is wrong with it.
 
@@ -157,7 +162,7 @@ def count_tokens(messages: list[dict], image_sizes: list[tuple[int, int]], proce
     return num_tokens
 
 
-def _locate_and_measure(value, name: str, image_root: Path | None, decode: bool, sizes: list) -> dict:
+def _locate_and_measure(value: object, name: str, image_root: Path | None, decode: bool, sizes: list) -> dict:
     image = locate_image(value, name, image_root)
     try:
         sizes.append(open_image(image, "it").size if decode else image_size(image, "it"))
@@ -166,10 +171,23 @@ def _locate_and_measure(value, name: str, image_root: Path | None, decode: bool,
     return image
 
 
+def _group(bad_samples: list[BadSample], unit: str) -> list[str]:
+    """A line for each message, in the order of their first samples."""
+    numbers: dict[str, list[int]] = {}
+    for bad in bad_samples:
+        numbers.setdefault(bad.message, []).append(bad.number)
+    return [
+        f"{unit} {found[0]}: {message}"
+        if len(found) == 1
+        else f" {len(found)} {unit}s, first at {unit} {found[0]}: {message}"
+        for message, found in numbers.items()
+    ]
+
+
 class _Counts:
     """How often each value occurs: takes as much memory as there are different values, and gives exact medians."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.formats, self.spans, self.characters, self.tokens, self.sizes = (Counter() for _ in range(5))
 
     def add(self, messages: list[dict], format: str, sizes: list[tuple[int, int]], num_tokens: int | None):

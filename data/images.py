@@ -85,7 +85,7 @@ def image_size(image: PILImage.Image | str | dict, where: str) -> tuple[int, int
     """Width and height in pixels of what [`open_image`] gives, from the header; arguments and errors as there."""
     with _opened(image, where) as opened:
         width, height = opened.size
-        # PIL's method for PNG decodes the pixels to look for Exif data behind them; its size for TIFF is the turned one.
+        # PIL's own `getexif` for PNG decodes the pixels to look behind them; its size for TIFF is the turned one.
         orientation = PILImage.Image.getexif(opened).get(ExifTags.Base.Orientation)
         return (height, width) if orientation in (5, 6, 7, 8) and opened.format != "TIFF" else (width, height)
 

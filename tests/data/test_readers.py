@@ -1,5 +1,6 @@
 """Readers: rows written by hand in each format, to conversations that the trainer takes."""
 
+import gzip
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ from PIL import ExifTags, ImageFile
 from PIL import Image as PILImage
 from transformers.image_utils import load_image
 
-from ilvr.data import SampleError, load_conversations, prompt_of
+from ilvr.data import SampleError, check_dataset, load_conversations, prompt_of
 from ilvr.data.conversations import image_roles, last_boxed
 from ilvr.data.images import image_size, locate_image, open_image
 from ilvr.data.row_files import read_rows
@@ -25,6 +26,9 @@ from ilvr.trainer.inputs.data_preparation import prepare_dataset
 
 
 VSP_EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "vsp_examples"
+
+
+TEXT_ONLY = {"messages": [{"role": "user", "content": "Plan"}, {"role": "assistant", "content": "Right"}]}
 
 
 def read(row, image_root, format=None):
@@ -233,6 +237,71 @@ def test_a_folder_of_json_lines(format, streaming, image_root):
     assert Path(samples[2]["images"][1]["path"]).name == "step 1.png"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_are_no_patterns(streaming, tmp_path, monkeypatch):
+    folder = tmp_path / "br[a]ck"
+    folder.mkdir()
+    for name, count in (("p1", 3), ("p[1]", 7), ("p*", 5)):
+        Dataset.from_list([TEXT_ONLY] * count).to_parquet(folder / f"{name}.parquet")
+    for name, count in (("p1", 3), ("p[1]", 7), ("p*", 5)):
+        assert len(list(load_conversations(str(folder / f"{name}.parquet"), streaming=streaming))) == count
+    with pytest.raises(ValueError, match=r"is a pattern for `datasets`. Rename the folder"):
+        load_conversations(str(folder), streaming=streaming)
+    monkeypatch.chdir(folder)
+    assert len(list(load_conversations("p[1].parquet", streaming=streaming))) == 7
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_that_cannot_be_read_are_named(streaming, tmp_path):
+    line = (json.dumps(TEXT_ONLY) + "\n").encode()
+    files = {
+        "cut/rows.jsonl.gz": gzip.compress(line * 1000)[:-20],
+        "types/a.jsonl": line,
+        "types/b.jsonl": b'{"messages": 3}\n',
+        "none/rows.jsonl": b"",
+    }
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    Dataset.from_dict({"messages": []}).save_to_disk(tmp_path / "saved")
+    for name, message in (
+        ("cut", "cut cannot be read: Compressed file ended"),
+        ("types", "types cannot be read: Couldn't cast"),
+        ("none", "none has no rows"),
+        ("saved", "saved has no rows"),
+    ):
+        if not (streaming and name == "types"):  # of which only the first row is read before the user's own loop
+            with pytest.raises(ValueError, match=message):
+                load_conversations(str(tmp_path / name), streaming=streaming)
+        with pytest.raises(ValueError, match=message):
+            check_dataset(str(tmp_path / name), show_progress=False)
+    with pytest.raises(ValueError, match="The path of the data is empty"):
+        load_conversations("", streaming=streaming)
+
+
+def test_data_files_that_a_folder_load_leaves_out_are_named(tmp_path, caplog):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "rows.jsonl", [TEXT_ONLY])
+    (folder / "README.md").write_text("About the rows")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_conversations(str(folder))) == 1 and "left out" not in caplog.text
+        (folder / "more.txt").write_text("a row")
+        assert len(load_conversations(str(folder))) == 1
+    assert "1 data files are left out" in caplog.text and "more.txt" in caplog.text
+
+
+def test_capital_letters_and_splits(tmp_path):
+    path = write_jsonl(tmp_path / "rows.JSONL", [TEXT_ONLY] * 2)
+    assert len(load_conversations(path)) == 2
+    load_conversations(path).save_to_disk(tmp_path / "saved")
+    for source in (path, str(tmp_path / "saved")):
+        assert len(load_conversations(source, split="test")) == 2
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=r"split='train\[:1\]': .* has one split. Take part of it with"):
+                load_conversations(source, split="train[:1]", streaming=streaming)
+
+
 def test_embedded_images_are_not_replaced_by_a_file_of_that_name(image_root, tmp_path):
     secret = tmp_path / "secret.png"
     make_image("blue").save(secret)
@@ -391,7 +460,8 @@ def changed(row, **changes):
 
 BAD_ROWS = [
     ({"\ud800": 1}, r"row: the fields .*ud800.* fit no known format"),
-    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name it with format="),
+    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name it: `format`"),
+    (changed(REFERENCE, text_output="x"), "row: fits the formats reference and mirage. Name it: `format`"),
     (changed(REFERENCE, text_input=3), "text_input: must be a text, got 3"),
     (changed(REFERENCE, text_input="two <image> <image>"), "text_input: the text has 2 times <image>, .* 1 images"),
     (changed(REFERENCE, text_input="<|latent_pad|>"), r"text_input: the text holds <\|latent_pad\|>.*remove them"),
