@@ -1,6 +1,7 @@
 """The check of a data set before training: counts, lengths, sizes, and every bad sample; no model is loaded."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .conversations import SampleError
+from .conversations import SampleError, image_roles
 from .images import image_size, locate_image, open_image
 from .sources import check_format, convert, find_image_root, is_row_file, iterate_rows
 
@@ -190,16 +191,16 @@ class _Counts:
     def __init__(self) -> None:
         self.formats, self.spans, self.characters, self.tokens, self.sizes = (Counter() for _ in range(5))
 
-    def add(self, messages: list[dict], format: str, sizes: list[tuple[int, int]], num_tokens: int | None):
-        parts = [(message["role"], part) for message in messages for part in message["content"]]
+    def add(self, messages: list[dict], format: str, sizes: list[tuple[int, int]], num_tokens: int | None) -> None:
+        texts = [part["text"] or "" for message in messages for part in message["content"]]
         self.formats[format] += 1
-        self.spans[sum(role == "assistant" and part["type"] == "image" for role, part in parts)] += 1
-        self.characters[sum(len(part["text"] or "") for _, part in parts)] += 1
+        self.spans[image_roles(messages).count("assistant")] += 1
+        self.characters[sum(map(len, texts))] += 1
         self.sizes.update(sizes)
         if num_tokens is not None:
             self.tokens[num_tokens] += 1
 
-    def write(self, report: DatasetReport):
+    def write(self, report: DatasetReport) -> None:
         report.formats = dict(self.formats)
         report.spans_per_sample = dict(sorted(self.spans.items()))
         report.characters = _summary(self.characters)
@@ -208,7 +209,7 @@ class _Counts:
         report.image_sizes = _summary(self.sizes, key=lambda size: (size[0] * size[1], size))
 
 
-def _summary(counter: Counter, key=None) -> dict:
+def _summary(counter: Counter, key: Callable[[Any], Any] | None = None) -> dict:
     """Smallest, (lower) median and largest of counted values; empty if there are none."""
     if not counter:
         return {}

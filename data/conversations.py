@@ -30,7 +30,7 @@ FEATURES = Features(
 class SampleError(ValueError):
     """What is wrong with one field of a sample, and how to mend it."""
 
-    def __init__(self, field: str, problem: str):
+    def __init__(self, field: str, problem: str) -> None:
         # What a row holds may be no valid Unicode, and must not break the printing of its error.
         super().__init__(f"{field}: {problem}".encode(errors="backslashreplace").decode())
         self.field = field
@@ -43,12 +43,12 @@ class ConversationBuilder:
         locate (`Callable[[value, field], dict]`): finds an image, see [`~ilvr.data.images.locate_image`].
     """
 
-    def __init__(self, locate: Locate):
+    def __init__(self, locate: Locate) -> None:
         self.locate = locate
         self.messages: list[dict] = []
         self.images: list[dict] = []
 
-    def add_turn(self, role: str, field: str):
+    def add_turn(self, role: str, field: str) -> None:
         """Starts a turn; parts are added to it.
 
         Raises:
@@ -58,7 +58,7 @@ class ConversationBuilder:
             raise SampleError(field, f"unknown role {role!r}. Use one of {', '.join(ROLES)}.")
         self.messages.append({"role": role, "content": []})
 
-    def add_text(self, text: object, field: str):
+    def add_text(self, text: object, field: str) -> None:
         """Adds a text part; none for an empty text.
 
         Raises:
@@ -81,12 +81,12 @@ class ConversationBuilder:
         if text:
             self.messages[-1]["content"].append({"type": "text", "text": text})
 
-    def add_image(self, value: object, field: str):
+    def add_image(self, value: object, field: str) -> None:
         """Adds an image part; see [`~ilvr.data.images.locate_image`] for the values and errors."""
         self.images.append(self.locate(value, field))
         self.messages[-1]["content"].append({"type": "image", "text": None})
 
-    def add_marked_text(self, text: object, mark: str, images: list[tuple[object, str]], field: str):
+    def add_marked_text(self, text: object, mark: str, images: list[tuple[object, str]], field: str) -> None:
         """Adds a text with an image in the place of each mark.
 
         Args:
@@ -151,7 +151,7 @@ def image_roles(messages: list[dict]) -> list[str]:
     ]
 
 
-def _check_unicode(text: str, field: str):
+def _check_unicode(text: str, field: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no file can store

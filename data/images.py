@@ -122,7 +122,7 @@ class _ModeError(ValueError):
     pass
 
 
-def _check_mode(image: PILImage.Image, name: str):
+def _check_mode(image: PILImage.Image, name: str) -> None:
     if image.mode == "F" or image.mode.startswith("I"):
         raise _ModeError(
             f"{name} has more than 8 bits a channel (mode {image.mode}), which the change to RGB would clip to white. "

@@ -36,7 +36,7 @@ def read_reference(row: dict, locate: Locate) -> dict:
     return builder.finish(row, used, row.get("original_final_answer"))
 
 
-def add_question(builder: ConversationBuilder, row: dict):
+def add_question(builder: ConversationBuilder, row: dict) -> None:
     """The user's turn: each `<image>` of `text_input` becomes an image; without such marks the images come first."""
     text, images = required(row, "text_input"), row.get("image_input")
     images = [] if images is None else [images] if isinstance(images, str) else as_list(images, "image_input")

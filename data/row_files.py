@@ -85,7 +85,7 @@ def _read_array(path: Path) -> Iterator[Row]:
 class _Buffer:
     """A window on a file's text, which moves on as values are taken."""
 
-    def __init__(self, file: TextIOBase):
+    def __init__(self, file: TextIOBase) -> None:
         self.file, self.text, self.position = file, "", 0
         self.line = 1  # of `position`
         self.dropped = 0  # characters before the window

@@ -251,13 +251,13 @@ def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwarg
     return dataset
 
 
-def _check_label(path: str, split: str):
+def _check_label(path: str, split: str) -> None:
     """Raises ValueError for a slice of data that have one split."""
     if not split.isidentifier():
         raise ValueError(f"split={split!r}: {path} has one split. Take part of it with `select` or `take`.")
 
 
-def _check_folder(folder: Path, **kwargs: Any):
+def _check_folder(folder: Path, **kwargs: Any) -> None:
     """Raises ValueError for a folder that `datasets` does not find; warns of data files that it leaves out."""
     if glob.has_magic(str(folder)):
         raise ValueError(f"{folder} is a pattern for `datasets`. Rename the folder, without any of *?[.")

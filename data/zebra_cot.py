@@ -53,7 +53,9 @@ def read_zebra_cot(row: dict, locate: Locate) -> dict:
     return builder.finish(row, {*FIELDS, "Final Answer", *columns}, answer)
 
 
-def _add_trace(builder: ConversationBuilder, row: dict, text, field: str, kind: str, columns: list[str]) -> set[str]:
+def _add_trace(
+    builder: ConversationBuilder, row: dict, text: object, field: str, kind: str, columns: list[str]
+) -> set[str]:
     """Adds a text with its images of one kind, `problem` or `reasoning`; returns the names of these images."""
     if not isinstance(text, str):
         builder.add_text(text, field)  # raises

@@ -192,11 +192,14 @@ def test_the_page_about_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M)
-    (_, code), (_, command), (_, output), _ = blocks
+    (_, row), (_, code), (_, command), (_, output), _ = blocks
     exec(code, {})
     assert "'role': 'assistant'" in capsys.readouterr().out
     assert main(command.split()[1:]) == 0
     assert capsys.readouterr().out == output
+    sample, shown = load_conversations("rows.jsonl")[0], json.loads(row)
+    path = write_jsonl(tmp_path / "native.jsonl", [shown])
+    assert load_conversations(path)[0] == sample
 
 
 def test_subcommands(capsys):
