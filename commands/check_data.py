@@ -39,7 +39,6 @@ class CheckDataArguments:
     processor: str | None = field(
         default=None,
         metadata={
-            "aliases": ["--tokenizer"],
             "help": "checkpoint or backbone (Hub id or folder) to count tokens with",
         },
     )
@@ -52,8 +51,15 @@ def main(arguments: list[str]) -> int:
     """Prints the report; returns 1 if a sample is bad or there are none, 2 if the data cannot be read, else 0."""
     parser = TrlParser(CheckDataArguments, prog="ilvr check-data", description="Checks a data set; loads no model.")
     parser.add_argument("path", help=".jsonl or .json file, folder or Hub id")
-    options, positional = parser.parse_args_and_config(arguments)
-    path = positional.path
+    # Without `return_remaining_strings`, TRL raises a traceback for an option that it does not know.
+    options, positional, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        print(f"ilvr check-data: unknown arguments: {' '.join(unknown)}. --help lists all.", file=sys.stderr)
+        return 2
+    path, output = positional.path, options.output and Path(options.output)
+    if output and not output.parent.is_dir():
+        print(f"ilvr check-data: --output: there is no folder {output.parent}. Create it.", file=sys.stderr)
+        return 2
     sources = {} if Path(path).is_file() else {"split": options.split, "name": options.name}
     try:
         report = check_dataset(
@@ -69,8 +75,8 @@ def main(arguments: list[str]) -> int:
         print(f"ilvr check-data: {error}", file=sys.stderr)
         return 2
     print(report)
-    if options.output is not None:
-        Path(options.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if output:
+        output.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0 if report.is_good else 1
 
 

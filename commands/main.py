@@ -23,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
-        return import_module(COMMANDS[name][0]).main(arguments[1:])
+        try:
+            return import_module(COMMANDS[name][0]).main(arguments[1:])
+        except KeyboardInterrupt:
+            return 130  # as shells do: 128 + SIGINT
     usage = "usage: ilvr COMMAND [-h] …\n\n" + "\n".join(f"  {key:<12} {text}" for key, (_, text) in COMMANDS.items())
     if name in ("-h", "--help"):
         print(usage)

@@ -1,15 +1,21 @@
 """The check of a data set before training: counts, lengths, sizes, and every bad sample; no model is loaded."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .conversations import SampleError
+from .conversations import SampleError, image_roles
 from .images import image_size, locate_image, open_image
 from .sources import check_format, convert, find_image_root, is_row_file, iterate_rows
+
+
+if TYPE_CHECKING:
+    from ilvr import ILVRProcessor
 from .token_counts import SizeTokenizer, count_tokens
 
 
@@ -71,7 +77,7 @@ class DatasetReport:
         unit = "line" if is_row_file(self.path) else "sample"
         spans = ", ".join(f"{count} with {spans}" for spans, count in self.spans_per_sample.items())
         sizes = {name: f"{width}x{height}" for name, (width, height) in self.image_sizes.items()}
-        lines = [f"{self.path}:{unit} {bad.number}: {bad.message}" for bad in self.bad_samples]
+        lines = [f"{self.path}:{problem}" for problem in _group(self.bad_samples, unit)]
         lines += [
             f"samples           {self.num_samples}: {self.num_good} good, {len(self.bad_samples)} bad",
             f"formats           {', '.join(f'{count} {name}' for name, count in self.formats.items()) or '-'}",
@@ -88,11 +94,11 @@ def check_dataset(
     *,
     format: str | None = None,
     image_root: str | None = None,
-    processor=None,
+    processor: "ILVRProcessor | None" = None,
     max_length: int | None = None,
     decode_images: bool = False,
     show_progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> DatasetReport:
     """Reads a whole data set, one row at a time, and reports what is in it and what is wrong with it.
 
@@ -114,7 +120,7 @@ def check_dataset(
     """
     if max_length is not None and processor is None:
         raise ValueError(f"max_length={max_length} is in tokens, and needs a processor that counts them.")
-    root, format = find_image_root(path, image_root), check_format(format)
+    image_root, format = find_image_root(path, image_root), check_format(format)
     report, counts = DatasetReport(path), _Counts()
     tokenizer = None if processor is None else SizeTokenizer(processor)
     is_file = is_row_file(path)
@@ -123,11 +129,11 @@ def check_dataset(
         for number, row, progress in iterate_rows(path, **kwargs):
             report.num_samples += 1
             sizes: list[tuple[int, int]] = []
-            locate = partial(_locate_and_measure, image_root=root, decode=decode_images, sizes=sizes)
+            locate = partial(_locate_and_measure, image_root=image_root, decode=decode_images, sizes=sizes)
             try:
                 sample, name = convert(row, locate, format)
                 num_tokens = None if tokenizer is None else count_tokens(sample["messages"], sizes, tokenizer)
-                if max_length is not None and num_tokens is not None and num_tokens > max_length:
+                if max_length is not None and num_tokens > max_length:
                     raise SampleError(
                         "sample",
                         f"has {num_tokens} tokens, more than max_length={max_length}. Raise it or shrink the images.",
@@ -141,7 +147,7 @@ def check_dataset(
     return report
 
 
-def _locate_and_measure(value, name: str, image_root: Path | None, decode: bool, sizes: list) -> dict:
+def _locate_and_measure(value: object, name: str, image_root: Path | None, decode: bool, sizes: list) -> dict:
     image = locate_image(value, name, image_root)
     try:
         sizes.append(open_image(image, "it").size if decode else image_size(image, "it"))
@@ -150,22 +156,35 @@ def _locate_and_measure(value, name: str, image_root: Path | None, decode: bool,
     return image
 
 
+def _group(bad_samples: list[BadSample], unit: str) -> list[str]:
+    """A line for each message, in the order of their first samples."""
+    numbers: dict[str, list[int]] = {}
+    for bad in bad_samples:
+        numbers.setdefault(bad.message, []).append(bad.number)
+    return [
+        f"{unit} {found[0]}: {message}"
+        if len(found) == 1
+        else f" {len(found)} {unit}s, first at {unit} {found[0]}: {message}"
+        for message, found in numbers.items()
+    ]
+
+
 class _Counts:
     """How often each value occurs: takes as much memory as there are different values, and gives exact medians."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.formats, self.spans, self.characters, self.tokens, self.sizes = (Counter() for _ in range(5))
 
-    def add(self, messages: list[dict], format: str, sizes: list[tuple[int, int]], num_tokens: int | None):
-        parts = [(message["role"], part) for message in messages for part in message["content"]]
+    def add(self, messages: list[dict], format: str, sizes: list[tuple[int, int]], num_tokens: int | None) -> None:
+        texts = [part["text"] or "" for message in messages for part in message["content"]]
         self.formats[format] += 1
-        self.spans[sum(role == "assistant" and part["type"] == "image" for role, part in parts)] += 1
-        self.characters[sum(len(part["text"] or "") for _, part in parts)] += 1
+        self.spans[image_roles(messages).count("assistant")] += 1
+        self.characters[sum(map(len, texts))] += 1
         self.sizes.update(sizes)
         if num_tokens is not None:
             self.tokens[num_tokens] += 1
 
-    def write(self, report: DatasetReport):
+    def write(self, report: DatasetReport) -> None:
         report.formats = dict(self.formats)
         report.spans_per_sample = dict(sorted(self.spans.items()))
         report.characters = _summary(self.characters)
@@ -174,7 +193,7 @@ class _Counts:
         report.image_sizes = _summary(self.sizes, key=lambda size: (size[0] * size[1], size))
 
 
-def _summary(counter: Counter, key=None) -> dict:
+def _summary(counter: Counter, key: Callable[[Any], Any] | None = None) -> dict:
     """Smallest, (lower) median and largest of counted values; empty if there are none."""
     if not counter:
         return {}

@@ -13,6 +13,7 @@ from datasets import Features, Image, List, Value
 from ilvr.configuration_ilvr import LATENT_TOKENS
 
 
+Locate = Callable[[object, str], dict]  # finds an image by its value; the second argument names its field
 ROLES = ("system", "user", "assistant")
 FEATURES = Features(
     {
@@ -29,7 +30,7 @@ FEATURES = Features(
 class SampleError(ValueError):
     """What is wrong with one field of a sample, and how to mend it."""
 
-    def __init__(self, field: str, problem: str):
+    def __init__(self, field: str, problem: str) -> None:
         # What a row holds may be no valid Unicode, and must not break the printing of its error.
         super().__init__(f"{field}: {problem}".encode(errors="backslashreplace").decode())
         self.field = field
@@ -42,13 +43,12 @@ class ConversationBuilder:
         locate (`Callable[[value, field], dict]`): finds an image, see [`~ilvr.data.images.locate_image`].
     """
 
-    def __init__(self, locate: Callable[[Any, str], dict]):
+    def __init__(self, locate: Locate) -> None:
         self.locate = locate
         self.messages: list[dict] = []
         self.images: list[dict] = []
-        self.text = ""  # what has been said since the turn's start or its last image: parts are joined without a break
 
-    def add_turn(self, role: str, field: str):
+    def add_turn(self, role: str, field: str) -> None:
         """Starts a turn; parts are added to it.
 
         Raises:
@@ -57,9 +57,8 @@ class ConversationBuilder:
         if role not in ROLES:
             raise SampleError(field, f"unknown role {role!r}. Use one of {', '.join(ROLES)}.")
         self.messages.append({"role": role, "content": []})
-        self.text = ""
 
-    def add_text(self, text: Any, field: str):
+    def add_text(self, text: object, field: str) -> None:
         """Adds a text part; none for an empty text.
 
         Raises:
@@ -67,9 +66,14 @@ class ConversationBuilder:
         """
         if not isinstance(text, str):
             raise SampleError(field, f"must be a text, got {text!r:.80}. Correct the field or leave the sample out.")
-        check_unicode(text, field)
-        self.text += text
-        found = [token for token in LATENT_TOKENS if token in self.text]
+        _check_unicode(text, field)
+        # A token may be cut over parts: the chat template joins those that no image separates.
+        joined = text
+        for part in reversed(self.messages[-1]["content"]):
+            if part["type"] != "text":
+                break
+            joined = part["text"] + joined
+        found = [token for token in LATENT_TOKENS if token in joined]
         if found:
             raise SampleError(
                 field, f"the text holds {found[0]}. Latent tokens are made from images; remove them from the text."
@@ -77,13 +81,12 @@ class ConversationBuilder:
         if text:
             self.messages[-1]["content"].append({"type": "text", "text": text})
 
-    def add_image(self, value: Any, field: str):
+    def add_image(self, value: object, field: str) -> None:
         """Adds an image part; see [`~ilvr.data.images.locate_image`] for the values and errors."""
         self.images.append(self.locate(value, field))
-        self.text = ""
         self.messages[-1]["content"].append({"type": "image", "text": None})
 
-    def add_marked_text(self, text: Any, mark: str, images: list[tuple[Any, str]], field: str):
+    def add_marked_text(self, text: object, mark: str, images: list[tuple[object, str]], field: str) -> None:
         """Adds a text with an image in the place of each mark.
 
         Args:
@@ -106,7 +109,7 @@ class ConversationBuilder:
             if image is not None:
                 self.add_image(*image)
 
-    def finish(self, row: dict, used: set[str], answer: Any) -> dict:
+    def finish(self, row: dict, used: set[str], answer: object) -> dict:
         """The sample with the columns of `FEATURES`.
 
         Args:
@@ -115,7 +118,7 @@ class ConversationBuilder:
             answer (`str`, *optional*): the final answer.
 
         Raises:
-            SampleError: if there is nothing to answer, or nothing to learn from.
+            SampleError: if there is nothing to answer, or nothing to learn from, or the answer is no valid Unicode.
         """
         has_words = {m["role"] for m in self.messages if any((p["text"] or "").strip() for p in m["content"])}
         for role in ("user", "assistant"):
@@ -123,7 +126,7 @@ class ConversationBuilder:
             if role not in has_words:
                 raise SampleError(f"{role} turn", "has no words. Add them or leave the sample out.")
         answer = None if answer is None else str(answer)
-        check_unicode(answer or "", "answer")
+        _check_unicode(answer or "", "answer")
         metadata = {name: value for name, value in row.items() if name not in used and value is not None}
         return {
             "messages": self.messages,
@@ -133,26 +136,26 @@ class ConversationBuilder:
         }
 
 
-def check_unicode(text: str, field: str):
-    """A text must be one that a file can store.
-
-    Raises:
-        SampleError: if it holds half of a surrogate pair, which JSON can escape.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
-
-
 def image_roles(messages: list[dict]) -> list[str]:
-    """The role of the turn that each image part stands in, in order. An image of an assistant turn is a helper image.
+    """The role of the turn of each image part, in order; an assistant's image is a helper image.
 
     Args:
-        messages (`list[dict]`): turns whose content is a text or a list of parts.
+        messages (`list[dict]`): a conversation; contents are texts or lists of parts.
     """
-    contents = [(m["role"], m["content"]) for m in messages if not isinstance(m["content"], str)]
-    return [role for role, content in contents for part in content if part["type"] == "image"]
+    return [
+        message["role"]
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def _check_unicode(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no file can store
+        raise SampleError(field, f"the text is no valid Unicode: {error}. Correct it.") from error
 
 
 def required(row: dict, field: str) -> Any:
@@ -166,7 +169,7 @@ def required(row: dict, field: str) -> Any:
     return row[field]
 
 
-def as_list(value: Any, field: str, of: type = object) -> list:
+def as_list(value: object, field: str, of: type = object) -> list:
     """A list of objects of one type.
 
     Raises:

@@ -3,9 +3,8 @@
 import io
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, ImageOps
@@ -14,13 +13,16 @@ from PIL import Image as PILImage
 from .conversations import SampleError
 
 
-# What cameras, browsers and drawing programs write. Pillow would also take formats that start other programs
-# (PostScript) and rare ones whose decoders fail in ways of their own.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
-TURNED = {5, 6, 7, 8}  # Exif orientations that swap width and height
+PILImage.init()
+# Formats of photos and of the web. Others are refused: PIL would hand EPS to Ghostscript, which runs it as a program.
+IMAGE_FORMATS = [
+    format
+    for format in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+    if format in PILImage.OPEN
+]
 
 
-def locate_image(value, field: str, image_root: Path | None) -> dict:
+def locate_image(value: object, field: str, image_root: Path | None) -> dict:
     """Where an image is read from; nothing is opened.
 
     Args:
@@ -60,81 +62,69 @@ def locate_image(value, field: str, image_root: Path | None) -> dict:
     return {"bytes": None, "path": str(path)}
 
 
-def open_image(image, where: str) -> PILImage.Image:
-    """Decodes an image of a sample.
+def open_image(image: PILImage.Image | str | dict, where: str) -> PILImage.Image:
+    """Decodes an image of a sample, to the pixels that `transformers.image_utils.load_image` gives at inference.
 
     Args:
         image (`PIL.Image.Image`, `str` or `dict`): an image, a path, or `datasets`' dict of `bytes` and `path`.
         where (`str`): names the image in errors.
 
     Returns:
-        `PIL.Image.Image`: RGB, turned upright as its Exif data says, as transformers' `load_image` does at inference.
+        `PIL.Image.Image`: RGB, turned as its Exif orientation says; transparent pixels have their stored colour.
 
     Raises:
-        ValueError: if there is no such file, it is no image of a known format, its pixels have no 8 bits to a colour,
-            or it has so many pixels that PIL suspects a decompression bomb; that is seen in the header, before
+        ValueError: if there is no such file, it is no image of `IMAGE_FORMATS`, it has more than 8 bits a channel, or
+            so many pixels that PIL suspects a decompression bomb; the latter two are seen in the header, before
             anything is decoded.
     """
-    if isinstance(image, PILImage.Image):
-        return _rgb(image, where)
     with _opened(image, where) as opened:
-        return _rgb(opened, where)
+        return ImageOps.exif_transpose(opened).convert("RGB")
 
 
-def image_size(image, where: str) -> tuple[int, int]:
-    """Width and height in pixels of what [`open_image`] returns, from the header; its arguments and errors."""
-    if isinstance(image, PILImage.Image):
-        return _upright_size(image)
+def image_size(image: PILImage.Image | str | dict, where: str) -> tuple[int, int]:
+    """Width and height in pixels of what [`open_image`] gives, from the header; arguments and errors as there."""
     with _opened(image, where) as opened:
-        return _upright_size(opened)
-
-
-def _upright_size(image: PILImage.Image) -> tuple[int, int]:
-    exif, (width, height) = PILImage.Exif(), image.size
-    if image.format == "TIFF":
-        return width, height  # Pillow has turned it already
-    if image.format == "PNG":
-        exif.load(image.info.get("exif", b""))  # `getexif` would decode the pixels, to look behind them
-    else:
-        exif = image.getexif()
-    return (height, width) if exif.get(ExifTags.Base.Orientation) in TURNED else (width, height)
-
-
-def _rgb(image: PILImage.Image, where: str) -> PILImage.Image:
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{where} has pixels of mode {image.mode} (16 or more bits), which would be clipped to white. Scale them "
-            "to 8 bits."
-        )
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow knows."""
-    PILImage.init()
-    return tuple(name for name in FORMATS if name in PILImage.OPEN)
+        width, height = opened.size
+        # PIL's own `getexif` for PNG decodes the pixels to look behind them; its size for TIFF is the turned one.
+        orientation = PILImage.Image.getexif(opened).get(ExifTags.Base.Orientation)
+        return (height, width) if orientation in (5, 6, 7, 8) and opened.format != "TIFF" else (width, height)
 
 
 @contextmanager
-def _opened(image, where: str) -> Generator[PILImage.Image]:
+def _opened(image: PILImage.Image | str | dict, where: str) -> Iterator[PILImage.Image]:
+    if isinstance(image, PILImage.Image):
+        _check_mode(image, where)
+        yield image
+        return
     source = image.get("path") if isinstance(image, dict) else image
     data = image.get("bytes") if isinstance(image, dict) else None
+    name = f"{where} ({source or 'bytes'})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(io.BytesIO(data) if data is not None else source, formats=_formats()) as opened:
+            with PILImage.open(io.BytesIO(data) if data is not None else source, formats=IMAGE_FORMATS) as opened:
+                _check_mode(opened, name)
                 yield opened
+    except _ModeError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"{where}: there is no file {source}. Correct the path or leave the sample out.") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large, as a decompression bomb would be: {error} Shrink it.") from error
+    # The decoders of a broken file raise what they like: RuntimeError (AVIF), SyntaxError (PNG), struct.error, …
+    except Exception as error:
         raise ValueError(
-            f"{where} ({source or 'bytes'}) is too large, as a decompression bomb would be: {error} Shrink it."
+            f"{name} is no image that can be read: {error}. Replace it by a {', '.join(IMAGE_FORMATS)} file."
         ) from error
-    # PIL raises ValueError for oversized text chunks, SyntaxError for some broken PNG files, and others as it likes.
-    except (OSError, AttributeError, IndexError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(where):
-            raise
-        raise ValueError(
-            f"{where} ({source or 'bytes'}) is no image that can be read: {error}. Replace it."
-        ) from error
+
+
+class _ModeError(ValueError):
+    pass
+
+
+def _check_mode(image: PILImage.Image, name: str) -> None:
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise _ModeError(
+            f"{name} has more than 8 bits a channel (mode {image.mode}), which the change to RGB would clip to white. "
+            "Scale it to 8 bits."
+        )

@@ -1,8 +1,6 @@
 """Mirage's JSONL (arXiv 2506.17218): one helper image, in the place of `<output_image>` in the answer."""
 
-from collections.abc import Callable
-
-from .conversations import ConversationBuilder, last_boxed, required
+from .conversations import ConversationBuilder, Locate, last_boxed, required
 from .reference_jsonl import add_question
 
 
@@ -10,7 +8,7 @@ FIELDS = frozenset({"text_input", "text_output"})
 HELPER_MARK = "<output_image>"
 
 
-def read_mirage(row: dict, locate: Callable) -> dict:
+def read_mirage(row: dict, locate: Locate) -> dict:
     r"""A row with `text_input`, `image_input`, `text_output` and `image_output`.
 
     Args:
@@ -28,5 +26,5 @@ def read_mirage(row: dict, locate: Callable) -> dict:
     add_question(builder, row)
     builder.add_turn("assistant", "text_output")
     text, helper = required(row, "text_output"), row.get("image_output")
-    builder.add_marked_text(text, HELPER_MARK, [(helper, "image_output")] if helper else [], "text_output")
+    builder.add_marked_text(text, HELPER_MARK, [(helper, "image_output")] if helper is not None else [], "text_output")
     return builder.finish(row, {*FIELDS, "image_input", "image_output"}, last_boxed(text))

@@ -6,9 +6,8 @@ The layout is the one that Monet's published training code reads: JSON arrays (`
 """
 
 import re
-from collections.abc import Callable
 
-from .conversations import ConversationBuilder, SampleError, as_list, last_boxed, required
+from .conversations import ConversationBuilder, Locate, SampleError, as_list, last_boxed, required
 
 
 FIELDS = frozenset({"data"})
@@ -17,7 +16,7 @@ _TAGS = re.compile(r"<abs_vis_token></abs_vis_token>|</?observation>")
 _SPAN = "<abs_vis_token></abs_vis_token>"
 
 
-def read_monet(row: dict, locate: Callable) -> dict:
+def read_monet(row: dict, locate: Locate) -> dict:
     r"""A row with `data`; Monet's tags are removed from the assistant's texts, the words between them are kept.
 
     Args:

@@ -1,20 +1,17 @@
 """Native rows: TRL's vision conversations, `messages` with image parts and `images` in their order."""
 
-from collections.abc import Callable
-
-from .conversations import ConversationBuilder, SampleError, as_list, required
+from .conversations import ConversationBuilder, Locate, SampleError, as_list, required
 
 
 FIELDS = frozenset({"messages"})
 
 
-def read_native(row: dict, locate: Callable) -> dict:
+def read_native(row: dict, locate: Locate) -> dict:
     """A row with `messages`, `images` (paths, or `datasets`' dicts) and, optionally, `answer`.
 
-    An image part may name its file itself, as `path` or `image`; such images are not in `images`.
-
     Args:
-        row (`dict`): the row. The content of a turn may also be a plain text.
+        row (`dict`): the row. The content of a turn may also be a plain text, and an
+            image part may name its own file, `{"type": "image", "path": …}`, instead of one of `images`.
         locate (`Callable`): finds an image, see [`ConversationBuilder`].
 
     Returns:
@@ -23,8 +20,9 @@ def read_native(row: dict, locate: Callable) -> dict:
     Raises:
         SampleError: names the bad field.
     """
-    images = as_list([] if row.get("images") is None else row["images"], "images")
-    builder, taken = ConversationBuilder(locate), 0
+    images = [] if row.get("images") is None else as_list(row["images"], "images")
+    num_used = 0
+    builder = ConversationBuilder(locate)
     for i, message in enumerate(as_list(required(row, "messages"), "messages", dict)):
         builder.add_turn(message.get("role"), f"messages[{i}].role")
         content = message.get("content")
@@ -34,21 +32,21 @@ def read_native(row: dict, locate: Callable) -> dict:
             if part.get("type") == "text":
                 builder.add_text(part.get("text"), field)
             elif part.get("type") == "image":
-                own = next((part[key] for key in ("image", "path") if part.get(key) is not None), None)
-                if own is not None:
-                    builder.add_image(own, field)
+                if part.get("path") is not None:
+                    builder.add_image(part["path"], f"{field}.path")
                     continue
-                number, taken = taken, taken + 1
-                if number == len(images):
+                if num_used == len(images):
                     raise SampleError(
-                        field, f"is an image part, but `images` has only {number} images. Add the image."
+                        field,
+                        f"is an image part, but `images` has only {num_used} images. Add the image, or its path.",
                     )
-                builder.add_image(images[number], f"images[{number}]")
+                builder.add_image(images[num_used], f"images[{num_used}]")
+                num_used += 1
             else:
                 raise SampleError(field, f"unknown type {part.get('type')!r}. Use text or image.")
-    if taken != len(images):
+    if num_used != len(images):
         raise SampleError(
             "images",
-            f"has {len(images)} images for {taken} image parts in `messages`. Add a part for each.",
+            f"has {len(images)} images for {num_used} image parts without a path in `messages`. Add a part for each.",
         )
     return builder.finish(row, {*FIELDS, "images", "answer"}, row.get("answer"))

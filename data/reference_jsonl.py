@@ -1,15 +1,13 @@
 """The JSONL of the paper's original code (CoMT, VSP-CoT): `sequence_plan` interleaves texts and helper images."""
 
-from collections.abc import Callable
-
-from .conversations import ConversationBuilder, SampleError, as_list, required
+from .conversations import ConversationBuilder, Locate, SampleError, as_list, required
 
 
 FIELDS = frozenset({"text_input", "sequence_plan"})
 IMAGE_MARK = "<image>"
 
 
-def read_reference(row: dict, locate: Callable) -> dict:
+def read_reference(row: dict, locate: Locate) -> dict:
     """A row with `text_input`, `image_input`, `sequence_plan` and, optionally, `original_final_answer`.
 
     Args:
@@ -38,10 +36,10 @@ def read_reference(row: dict, locate: Callable) -> dict:
     return builder.finish(row, used, row.get("original_final_answer"))
 
 
-def add_question(builder: ConversationBuilder, row: dict):
+def add_question(builder: ConversationBuilder, row: dict) -> None:
     """The user's turn: each `<image>` of `text_input` becomes an image; without such marks the images come first."""
-    text, images = required(row, "text_input"), row.get("image_input") or []
-    images = [images] if isinstance(images, str) else as_list(images, "image_input")
+    text, images = required(row, "text_input"), row.get("image_input")
+    images = [] if images is None else [images] if isinstance(images, str) else as_list(images, "image_input")
     located = [(image, f"image_input[{i}]") for i, image in enumerate(images)]
     builder.add_turn("user", "text_input")
     if isinstance(text, str) and IMAGE_MARK in text:

@@ -2,18 +2,30 @@
 
 import glob
 import logging
+import os
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Image, IterableDataset, List, NamedSplit, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    Image,
+    IterableDataset,
+    List,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 
 from ilvr import __version__
 
 from . import mirage, monet, native, reference_jsonl, zebra_cot
-from .conversations import FEATURES, SampleError
+from .conversations import FEATURES, Locate, SampleError
 from .images import locate_image
 from .row_files import Row, read_rows
 
@@ -22,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 class Format(NamedTuple):
-    """How a source writes its samples.
+    """A format of rows.
 
     Args:
-        fields (`frozenset[str]`): fields that tell a row of it from others.
-        read (`Callable[[row, locate], dict]`): makes a sample of a row.
+        fields (`frozenset[str]`): fields it is recognised by.
+        read (`Callable[[dict, Locate], dict]`): the conversation of a row.
     """
 
     fields: frozenset[str]
-    read: Callable[[dict, Callable], dict]
+    read: Callable[[dict, Locate], dict]
 
 
 FORMATS = {
@@ -41,6 +53,7 @@ FORMATS = {
     "monet": Format(monet.FIELDS, monet.read_monet),
 }
 ROW_FILES = (".jsonl", ".json")
+DATA_FILES = (*ROW_FILES, ".parquet", ".arrow", ".csv", ".tsv", ".txt")
 
 
 def load_conversations(
@@ -51,7 +64,7 @@ def load_conversations(
     split: str = "train",
     streaming: bool = False,
     skip_bad_samples: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """Loads a data set of any known format as conversations to train on.
 
@@ -62,7 +75,8 @@ def load_conversations(
             of each row by default.
         image_root (`str`, *optional*, defaults to the folder of the data): holds all images; paths are relative to it
             and may not leave it.
-        split (`str`, *optional*, defaults to `"train"`): for `load_dataset`; of a file only a label.
+        split (`str`, *optional*, defaults to `"train"`): for `load_dataset`; of a `.jsonl` or `.json` file, or of a
+            folder that `save_to_disk` wrote, which have one split, only its label.
         streaming (`bool`, *optional*, defaults to `False`): read while iterating, nothing is written to the cache.
         skip_bad_samples (`bool`, *optional*, defaults to `False`): leaves bad samples out, with a warning for each.
         kwargs: for `load_dataset`, such as `name` or `revision`.
@@ -74,7 +88,8 @@ def load_conversations(
 
     Raises:
         ValueError: names the first bad sample by its line, or by its number from 0 if it has no line, the field and
-            the remedy; also for an unknown format, a missing file and a file without samples.
+            the remedy; also for an unknown format, a missing file, a file without samples, and a slice such as
+            `train[:3]` of data with one split.
 
     Example:
 
@@ -86,45 +101,53 @@ def load_conversations(
     root = find_image_root(path, image_root)
     options = {"format": check_format(format), "image_root": root, "skip_bad_samples": skip_bad_samples}
     if not is_row_file(path):
-        dataset = _load_rows(path, split=split, streaming=streaming, **kwargs)
-        return dataset.map(
+        with _reading(path):
+            dataset = _load_rows(path, split=split, streaming=streaming, **kwargs)
+            columns = dataset.column_names or list(next(iter(dataset)))
+        dataset = dataset.map(
             partial(_convert_batch, source=path, **options),
             batched=True,
             batch_size=32,
             with_indices=True,
-            remove_columns=dataset.column_names or list(next(iter(dataset))),
+            remove_columns=columns,
             features=FEATURES,
         )
+        if not streaming and len(dataset) == 0:
+            raise ValueError(f"{path} has no good samples. `ilvr check-data` says why.")
+        return dataset
+    _check_label(path, split)
     file = Path(path).resolve()
     # For the cache of `datasets`, which would return the old samples of a file, or of a reader, that has changed.
     status = file.stat()
     arguments = {"path": str(file), "version": (__version__, status.st_mtime_ns, status.st_size), **options}
     if streaming:
-        return IterableDataset.from_generator(
-            _generate, features=FEATURES, gen_kwargs=arguments, split=NamedSplit(split)
-        )
+        return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
     try:
-        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=NamedSplit(split))
+        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # what is wrong with which sample
         raise
 
 
-def iterate_rows(path: str, **kwargs) -> Iterator[Row]:
+def iterate_rows(path: str, **kwargs: Any) -> Iterator[Row]:
     """Rows of a data set, one at a time: number, row or error, and progress.
 
     The number is the line, from 1, with bytes as progress, for a `.jsonl` or `.json` file; else that of the sample,
     from 0, with 1 as progress. `kwargs` are for `load_dataset`.
+
+    Raises:
+        ValueError: if the data cannot be read.
     """
     if is_row_file(path):
         yield from read_rows(Path(path))
     else:
-        for number, row in enumerate(_load_rows(path, streaming=True, **kwargs)):
-            yield number, row, 1
+        with _reading(path):
+            for number, row in enumerate(_load_rows(path, streaming=True, **kwargs)):
+                yield number, row, 1
 
 
-def convert(row: dict | SampleError, locate: Callable, format: str | None = None) -> tuple[dict, str]:
+def convert(row: dict | SampleError, locate: Locate, format: str | None = None) -> tuple[dict, str]:
     """The conversation of a row, with the name of the format it was in.
 
     Args:
@@ -138,16 +161,21 @@ def convert(row: dict | SampleError, locate: Callable, format: str | None = None
     if isinstance(row, SampleError):
         raise row
     if format is None:
-        # A column of a data set that has no value in this row is not one of its fields.
-        present = {name for name, value in row.items() if value is not None}
-        fitting = [name for name, known in FORMATS.items() if known.fields <= present]
-        if len(fitting) > 1:
-            raise SampleError("row", f"its fields fit {' and '.join(fitting)}. Name the format.")
-        if not fitting:
-            known = "; ".join(f"{name}: {', '.join(sorted(own.fields))}" for name, own in FORMATS.items())
-            raise SampleError("row", f"the fields {sorted(present)} fit no known format ({known}). Name the format.")
-        (format,) = fitting
+        format = _recognise(row)
     return FORMATS[format].read(row, locate), format
+
+
+def _recognise(row: dict) -> str:
+    # A column of a data set that has no value in this row is not one of its fields.
+    present = {name for name, value in row.items() if value is not None}
+    fitting = [name for name, format in FORMATS.items() if format.fields <= present]
+    if len(fitting) == 1:
+        return fitting[0]
+    remedy = "Name it: `format` in Python, `--format` in the shell."
+    if fitting:
+        raise SampleError("row", f"fits the formats {' and '.join(fitting)}. {remedy}")
+    known = "; ".join(f"{name}: {', '.join(sorted(format.fields))}" for name, format in FORMATS.items())
+    raise SampleError("row", f"the fields {sorted(present)} fit no known format ({known}). {remedy}")
 
 
 def is_row_file(path: str) -> bool:
@@ -169,16 +197,17 @@ def find_image_root(path: str, image_root: str | None) -> Path | None:
         ValueError: if the data file or the folder does not exist.
     """
     if not path:
-        raise ValueError("The path of the data is empty. Name a file, a folder or a Hub id.")
+        raise ValueError("The path of the data is empty. Give a file, a folder or a Hub id.")
     data = Path(path)
     if is_row_file(path) and not data.is_file():
         raise ValueError(f"There is no file {path}. Correct the path.")
-    if image_root is None and not data.exists():
+    if image_root is None and data.exists():
+        image_root = data if data.is_dir() else data.parent
+    if image_root is None:
         return None
-    root = Path(image_root) if image_root is not None else data if data.is_dir() else data.parent
-    if not root.is_dir():
+    if not Path(image_root).is_dir():
         raise ValueError(f"image_root={image_root} is no folder. Name the folder that the image paths start from.")
-    return root.resolve()
+    return Path(image_root).resolve()
 
 
 def describe(path: str, number: int) -> str:
@@ -186,18 +215,33 @@ def describe(path: str, number: int) -> str:
     return f"{path}, {'line' if is_row_file(path) else 'sample'} {number}"
 
 
-def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs: Any) -> Any:
-    data = Path(path)
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What `datasets` raises for data that it cannot read becomes a ValueError that names them."""
+    try:
+        yield
+    except (IndexError, StopIteration) as error:
+        raise ValueError(f"{path} has no rows. Correct the path or the data.") from error
+    except (DatasetGenerationError, ArrowException, EOFError, TypeError, zlib.error) as error:
+        problem = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"{path} cannot be read: {problem:.500}. Correct it or give all rows the same types."
+        ) from error
+
+
+def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs: Any) -> Dataset | IterableDataset:
+    data = Path(os.path.abspath(path))
     if (data / "state.json").is_file():
-        if split != "train":
-            raise ValueError(f"{path} is one data set that was saved to disk: it has no split {split!r}.")
         dataset = load_from_disk(path)
+        _check_label(path, split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif data.is_file():
-        # Both are patterns to `datasets`, and characters of one in a file's name would match other files.
-        folder, name = glob.escape(str(data.parent)), glob.escape(data.name)
-        dataset = load_dataset(folder, data_files=[name], split=split, streaming=streaming, **kwargs)
+        # Names of files are patterns for `datasets`.
+        files = [glob.escape(str(data))]
+        dataset = load_dataset(str(data.parent), data_files=files, split=split, streaming=streaming, **kwargs)
     else:
+        if data.is_dir():
+            _check_folder(data, **kwargs)
         dataset = load_dataset(path, split=split, streaming=streaming, **kwargs)
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
@@ -207,7 +251,32 @@ def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwarg
     return dataset
 
 
-def _generate(path, version, format, image_root, skip_bad_samples) -> Iterator[dict]:
+def _check_label(path: str, split: str) -> None:
+    """Raises ValueError for a slice of data that have one split."""
+    if not split.isidentifier():
+        raise ValueError(f"split={split!r}: {path} has one split. Take part of it with `select` or `take`.")
+
+
+def _check_folder(folder: Path, **kwargs: Any) -> None:
+    """Raises ValueError for a folder that `datasets` does not find; warns of data files that it leaves out."""
+    if glob.has_magic(str(folder)):
+        raise ValueError(f"{folder} is a pattern for `datasets`. Rename the folder, without any of *?[.")
+    if "data_files" in kwargs:
+        return
+    splits = load_dataset_builder(str(folder), **kwargs).config.data_files or {}
+    read = {os.path.realpath(file) for files in splits.values() for file in files}
+    found = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in DATA_FILES]
+    left = [str(file.relative_to(folder)) for file in found if os.path.realpath(file) not in read]
+    if left:
+        logger.warning(
+            f"{folder}: {len(left)} data files are left out, as `datasets` reads files of one kind: "
+            f"{', '.join(left[:5])}. Move them elsewhere, or load them by their own path."
+        )
+
+
+def _generate(
+    path: str, version: tuple, format: str | None, image_root: Path | None, skip_bad_samples: bool
+) -> Iterator[dict]:
     is_empty = True
     for number, row, _ in read_rows(Path(path)):
         sample = _convert_or_skip(row, number, path, format, image_root, skip_bad_samples)
@@ -218,13 +287,20 @@ def _generate(path, version, format, image_root, skip_bad_samples) -> Iterator[d
         raise ValueError(f"{path} has no good samples. `ilvr check-data` says why.")
 
 
-def _convert_batch(batch: dict, indices: list[int], *, source, **options) -> dict:
+def _convert_batch(batch: dict, indices: list[int], *, source: str, **options: Any) -> dict:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     samples = [_convert_or_skip(row, number, source, **options) for row, number in zip(rows, indices)]
     return {name: [sample[name] for sample in samples if sample is not None] for name in FEATURES}
 
 
-def _convert_or_skip(row, number, source, format, image_root, skip_bad_samples) -> dict | None:
+def _convert_or_skip(
+    row: dict | SampleError,
+    number: int,
+    source: str,
+    format: str | None,
+    image_root: Path | None,
+    skip_bad_samples: bool,
+) -> dict | None:
     try:
         return convert(row, partial(locate_image, image_root=image_root), format)[0]
     except SampleError as error:

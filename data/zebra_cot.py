@@ -5,9 +5,8 @@ columns are null. Texts name an image as `<image_start>[reasoning_image_1]<image
 """
 
 import re
-from collections.abc import Callable
 
-from .conversations import ConversationBuilder, SampleError, required
+from .conversations import ConversationBuilder, Locate, SampleError, required
 
 
 FIELDS = frozenset({"Question", "Text Reasoning Trace"})
@@ -15,7 +14,7 @@ _MARK = re.compile(r"<image_start>\[(\w+)\]<image_end>")
 _IMAGE_COLUMN = re.compile(r"(problem|reasoning)_image_(\d+)")
 
 
-def read_zebra_cot(row: dict, locate: Callable) -> dict:
+def read_zebra_cot(row: dict, locate: Locate) -> dict:
     """A row of Zebra-CoT; the trace ends with `The final answer is: …`, which the trace itself does not say.
 
     Problem images that the question does not name come first. A problem image named in the trace is left out there:
@@ -54,7 +53,9 @@ def read_zebra_cot(row: dict, locate: Callable) -> dict:
     return builder.finish(row, {*FIELDS, "Final Answer", *columns}, answer)
 
 
-def _add_trace(builder: ConversationBuilder, row: dict, text, field: str, kind: str, columns: list[str]) -> set[str]:
+def _add_trace(
+    builder: ConversationBuilder, row: dict, text: object, field: str, kind: str, columns: list[str]
+) -> set[str]:
     """Adds a text with its images of one kind, `problem` or `reasoning`; returns the names of these images."""
     if not isinstance(text, str):
         builder.add_text(text, field)  # raises

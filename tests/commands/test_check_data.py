@@ -148,7 +148,7 @@ def test_exit_status(image_root, backbone_dir, processor, tmp_path, capsys):
     arguments = ["check-data", rows, "--image_root", str(image_root), "--format", "mirage", "--decode_images"]
     assert main(arguments) == 0
     processor.save_pretrained(tmp_path / "processor")
-    assert main([*arguments, "--tokenizer", str(backbone_dir)]) == 0
+    assert main([*arguments, "--processor", str(backbone_dir)]) == 0
     assert "tokens            min" in capsys.readouterr().out
     assert main([*arguments, "--processor", str(backbone_dir), "--max_length", "3"]) == 1
     (tmp_path / "empty.jsonl").write_text("")
@@ -158,15 +158,48 @@ def test_exit_status(image_root, backbone_dir, processor, tmp_path, capsys):
     assert capsys.readouterr().err == "ilvr check-data: There is no file nowhere.jsonl. Correct the path.\n"
 
 
+def test_equal_errors_are_one_line(image_root, capsys):
+    path = write_jsonl(image_root / "rows.jsonl", [MIRAGE, {"a": 1}, {"b": 1}, *[{"a": 1}] * 3])
+    assert main(["check-data", path]) == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{path}: 4 lines, first at line 2: row: the fields ['a'] fit no known format")
+    assert "--format" in first and "format=" not in first
+    assert second.startswith(f"{path}:line 3: row: the fields ['b']")
+
+
+def test_arguments_are_looked_at_before_the_data(image_root, tmp_path, capsys):
+    path = write_jsonl(image_root / "rows.jsonl", [MIRAGE])
+    for arguments, message in (
+        (["--formt", "native"], "unknown arguments: --formt"),
+        (["--tokenizer", "x"], "unknown arguments: --tokenizer"),
+        (["--output", str(tmp_path / "none" / "x.json")], "--output: there is no folder"),
+    ):
+        assert main(["check-data", path, *arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and len(shown.err.splitlines()) == 1 and message in shown.err
+
+
+def test_an_interrupt_is_no_traceback(image_root, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ilvr.commands.check_data.check_dataset", interrupt)
+    assert main(["check-data", write_jsonl(image_root / "rows.jsonl", [MIRAGE])]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_the_page_about_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M)
-    (_, code), (_, command), (_, output), _ = blocks
+    (_, row), (_, code), (_, command), (_, output), _ = blocks
     exec(code, {})
     assert "'role': 'assistant'" in capsys.readouterr().out
     assert main(command.split()[1:]) == 0
     assert capsys.readouterr().out == output
+    sample, shown = load_conversations("rows.jsonl")[0], json.loads(row)
+    path = write_jsonl(tmp_path / "native.jsonl", [shown])
+    assert load_conversations(path)[0] == sample
 
 
 def test_subcommands(capsys):

@@ -1,5 +1,6 @@
 """Readers: rows written by hand in each format, to conversations that the trainer takes."""
 
+import gzip
 import io
 import json
 import logging
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from helpers import MIRAGE, MONET, MONET_SPAN, NATIVE, REFERENCE, ROWS, ZEBRA_COT, make_image, write_jsonl
+from PIL import ExifTags, ImageFile
 from PIL import Image as PILImage
+from transformers.image_utils import load_image
 
-from ilvr.data import SampleError, load_conversations, prompt_of
-from ilvr.data.conversations import last_boxed
+from ilvr.data import SampleError, check_dataset, load_conversations, prompt_of
+from ilvr.data.conversations import image_roles, last_boxed
 from ilvr.data.images import image_size, locate_image, open_image
 from ilvr.data.row_files import read_rows
 from ilvr.data.sources import FORMATS, convert
@@ -23,6 +26,9 @@ from ilvr.trainer.inputs.data_preparation import prepare_dataset
 
 
 VSP_EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "vsp_examples"
+
+
+TEXT_ONLY = {"messages": [{"role": "user", "content": "Plan"}, {"role": "assistant", "content": "Right"}]}
 
 
 def read(row, image_root, format=None):
@@ -134,6 +140,51 @@ def test_json_array_that_breaks_off_or_is_malformed(tmp_path, monkeypatch):
     assert isinstance(error, SampleError) and progress < 5000
 
 
+GOOD = '{"a": 1}'
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    "text, good, line, message",
+    [
+        (f"[{GOOD}]\n\n{GOOD}\n{GOOD}\n", 1, 3, "goes on behind the end of the array"),
+        (f"[{GOOD},\n{GOOD}]\n[{GOOD}]\n", 2, 3, "goes on behind the end of the array"),
+        (f"[{GOOD}] garbage", 1, 1, "goes on behind the end of the array"),
+        (f"[]\n{GOOD}\n", 0, 2, "goes on behind the end of the array"),
+        (f"[{GOOD}\n{GOOD}]", 1, 2, "a comma is missing between two rows"),
+        (f"[{GOOD},\n,{GOOD}]", 1, 2, "no JSON"),
+        (f"[{GOOD},\n]", 1, 2, "no JSON"),
+        (f"[,{GOOD}]", 0, 1, "no JSON"),
+    ],
+)
+def test_what_follows_a_row_or_an_array_is_read(text, good, line, message, size, tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvr.data.row_files.CHUNK_CHARACTERS", size)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    *rows, (number, error, _) = read_rows(path)
+    assert [row for _, row, _ in rows] == [{"a": 1}] * good
+    assert number == line and message in str(error)
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvr.data.row_files.MAX_ROW_CHARACTERS", 1000)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{GOOD}\n{{"a": "' + "x" * 100_000)
+    (_, row, _), (number, error, progress) = read_rows(path)
+    assert row == {"a": 1} and number == 2 and progress == 1000
+    assert str(error) == "line: is longer than 1000 bytes. Split it; what follows cannot be read."
+
+
+def test_keys_given_twice_and_deep_nesting(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for wrap in ("{}\n{}\n{}\n", "[{},\n{},\n{}]"):
+        bad = ['{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 2}]}', '{"a": ' + "[" * 300 + "]" * 300 + "}"]
+        path.write_text(wrap.format(*bad))
+        first, second, deep = [str(row) for _, row, _ in read_rows(path)]
+        assert first == second == "row: the key 'a' is given 2 times. Keep one of them."
+        assert deep == "row: is nested more than 100 deep. Flatten it or leave the sample out."
+
+
 @pytest.mark.skipif(not VSP_EXAMPLES.exists(), reason="the VSP examples are not part of the repository")
 def test_vsp_examples(tmp_path, processor):
     # `./data/examples/` stands for the folder of the examples.
@@ -184,6 +235,71 @@ def test_a_folder_of_json_lines(format, streaming, image_root):
     samples = list(load_conversations(str(image_root), streaming=streaming))
     assert len(samples) == 3 and parts(samples[2]) == CONVERSATIONS[format]
     assert Path(samples[2]["images"][1]["path"]).name == "step 1.png"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_are_no_patterns(streaming, tmp_path, monkeypatch):
+    folder = tmp_path / "br[a]ck"
+    folder.mkdir()
+    for name, count in (("p1", 3), ("p[1]", 7), ("p*", 5)):
+        Dataset.from_list([TEXT_ONLY] * count).to_parquet(folder / f"{name}.parquet")
+    for name, count in (("p1", 3), ("p[1]", 7), ("p*", 5)):
+        assert len(list(load_conversations(str(folder / f"{name}.parquet"), streaming=streaming))) == count
+    with pytest.raises(ValueError, match=r"is a pattern for `datasets`. Rename the folder"):
+        load_conversations(str(folder), streaming=streaming)
+    monkeypatch.chdir(folder)
+    assert len(list(load_conversations("p[1].parquet", streaming=streaming))) == 7
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_that_cannot_be_read_are_named(streaming, tmp_path):
+    line = (json.dumps(TEXT_ONLY) + "\n").encode()
+    files = {
+        "cut/rows.jsonl.gz": gzip.compress(line * 1000)[:-20],
+        "types/a.jsonl": line,
+        "types/b.jsonl": b'{"messages": 3}\n',
+        "none/rows.jsonl": b"",
+    }
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    Dataset.from_dict({"messages": []}).save_to_disk(tmp_path / "saved")
+    for name, message in (
+        ("cut", "cut cannot be read: Compressed file ended"),
+        ("types", "types cannot be read: Couldn't cast"),
+        ("none", "none has no rows"),
+        ("saved", "saved has no rows"),
+    ):
+        if not (streaming and name == "types"):  # of which only the first row is read before the user's own loop
+            with pytest.raises(ValueError, match=message):
+                load_conversations(str(tmp_path / name), streaming=streaming)
+        with pytest.raises(ValueError, match=message):
+            check_dataset(str(tmp_path / name), show_progress=False)
+    with pytest.raises(ValueError, match="The path of the data is empty"):
+        load_conversations("", streaming=streaming)
+
+
+def test_data_files_that_a_folder_load_leaves_out_are_named(tmp_path, caplog):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "rows.jsonl", [TEXT_ONLY])
+    (folder / "README.md").write_text("About the rows")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_conversations(str(folder))) == 1 and "left out" not in caplog.text
+        (folder / "more.txt").write_text("a row")
+        assert len(load_conversations(str(folder))) == 1
+    assert "1 data files are left out" in caplog.text and "more.txt" in caplog.text
+
+
+def test_capital_letters_and_splits(tmp_path):
+    path = write_jsonl(tmp_path / "rows.JSONL", [TEXT_ONLY] * 2)
+    assert len(load_conversations(path)) == 2
+    load_conversations(path).save_to_disk(tmp_path / "saved")
+    for source in (path, str(tmp_path / "saved")):
+        assert len(load_conversations(source, split="test")) == 2
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=r"split='train\[:1\]': .* has one split. Take part of it with"):
+                load_conversations(source, split="train[:1]", streaming=streaming)
 
 
 def test_embedded_images_are_not_replaced_by_a_file_of_that_name(image_root, tmp_path):
@@ -265,6 +381,76 @@ def test_header_and_pixels(image_root):
         image_size("nowhere.png", "Image 3")
 
 
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_as_at_inference(format, tmp_path, monkeypatch):
+    for orientation in (1, 3, 6, 8):
+        exif = PILImage.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        image = PILImage.linear_gradient("L").resize((96, 64)).convert("RGB")
+        path = tmp_path / f"turned.{format.lower()}"
+        path.write_bytes(encoded(image, format, exif=exif))
+        opened = open_image(str(path), "")
+        assert opened.size == ((96, 64) if orientation < 5 else (64, 96))
+        assert opened.tobytes() == load_image(str(path)).tobytes()
+        with PILImage.open(path) as lazy:
+            assert open_image(lazy, "").tobytes() == opened.tobytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("was decoded"))
+            assert image_size(str(path), "") == opened.size
+            with PILImage.open(path) as lazy:
+                assert image_size(lazy, "") == opened.size
+
+
+def test_colours_are_those_at_inference(tmp_path):
+    transparent = PILImage.new("RGBA", (4, 4), (200, 10, 20, 0))
+    images = {"RGBA": transparent, "P": transparent.convert("P"), "LA": transparent.convert("LA")}
+    images |= {mode: PILImage.new(mode, (4, 4), 1) for mode in ("1", "L")}
+    for name, image in images.items():
+        path = tmp_path / f"{name}.png"
+        image.save(path)
+        assert open_image(str(path), "").tobytes() == load_image(str(path)).tobytes()
+
+
+@pytest.mark.parametrize("mode, format", [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
+def test_deep_colours_are_refused_and_not_clipped(mode, format):
+    image = PILImage.new(mode, (4, 4))
+    for value in (image, {"bytes": encoded(image, format), "path": None}):
+        for function in (open_image, image_size):
+            with pytest.raises(
+                ValueError, match=rf"Image 3.* more than 8 bits a channel \(mode {mode}\).*Scale it to 8"
+            ):
+                function(value, "Image 3")
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # is looked for on the PATH
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(make_image("red"), "EPS"))
+    with pytest.raises(ValueError, match="Image 3 .* is no image that can be read"):
+        open_image(str(path), "Image 3")
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("format, whole, broken", [("AVIF", b"iloc", b"xxxx"), ("WEBP", b"VP8 ", b"VP8L")])
+def test_decoders_that_fail_name_the_image(format, whole, broken):
+    data = encoded(make_image("red"), format).replace(whole, broken)
+    for function in (open_image, image_size):
+        with pytest.raises(ValueError, match=r"Image 3 \(bytes\) is no image that can be read"):
+            function({"bytes": data, "path": None}, "Image 3")
+
+
 # Bad rows: each error names the field and the remedy.
 
 
@@ -274,7 +460,8 @@ def changed(row, **changes):
 
 BAD_ROWS = [
     ({"\ud800": 1}, r"row: the fields .*ud800.* fit no known format"),
-    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name the format"),
+    ({"a": 1}, r"row: the fields \['a'\] fit no known format \(native: messages; reference: .*Name it: `format`"),
+    (changed(REFERENCE, text_output="x"), "row: fits the formats reference and mirage. Name it: `format`"),
     (changed(REFERENCE, text_input=3), "text_input: must be a text, got 3"),
     (changed(REFERENCE, text_input="two <image> <image>"), "text_input: the text has 2 times <image>, .* 1 images"),
     (changed(REFERENCE, text_input="<|latent_pad|>"), r"text_input: the text holds <\|latent_pad\|>.*remove them"),
@@ -316,10 +503,29 @@ BAD_ROWS = [
         "data: has 2 times <abs_vis_token></abs_vis_token> for 1 helper images",
     ),
     (changed(NATIVE, images=["board.png"]), r"messages\[1\].content\[1\]: is an image part, but `images` has only 1"),
-    (changed(NATIVE, images=["board.png"] * 3), "images: has 3 images for 2 image parts in `messages`. Add a part"),
+    (
+        changed(NATIVE, images=["board.png"] * 3),
+        "images: has 3 images for 2 image parts without a path in `messages`. Add a part",
+    ),
     (
         changed(NATIVE, messages=[{"role": "user", "content": [{"type": "video"}]}]),
         "unknown type 'video'",
+    ),
+    *[(changed(NATIVE, images=none), f"images: must be a list, got {none!r}") for none in (0, "", False)],
+    *[(changed(REFERENCE, image_input=none), f"image_input: must be a list, got {none!r}") for none in (0, False)],
+    (changed(REFERENCE, image_input=""), r"image_input\[0\]: an image must be given by its path"),
+    (changed(MIRAGE, image_output=""), "image_output: an image must be given by its path"),
+    (changed(NATIVE, answer="\ud800"), "answer: the text is no valid Unicode"),
+    (
+        changed(REFERENCE, sequence_plan=[{"type": "text", "content": text} for text in ("a<|lat", "ent_", "pad|>")]),
+        r"sequence_plan\[2\].content: the text holds <\|latent_pad\|>",
+    ),
+    (
+        changed(
+            ZEBRA_COT,
+            **{"Text Reasoning Trace": "<|latent_<image_start>[problem_image_1]<image_end>start|> x"},
+        ),
+        r"Text Reasoning Trace: the text holds <\|latent_start\|>",
     ),
     (changed(NATIVE, messages="hello"), "messages: must be a list, got 'hello'"),
 ]
@@ -330,6 +536,38 @@ def test_bad_rows(row, message, image_root):
     with pytest.raises(SampleError, match=message) as caught:
         read(row, image_root)
     assert str(caught.value).startswith(caught.value.field)
+
+
+def test_an_image_part_may_name_its_file(image_root):
+    user = {"role": "user", "content": [{"type": "image", "path": "step 1.png"}, {"type": "image"}]}
+    row = changed(NATIVE, messages=[user, *NATIVE["messages"]], images=["board.png"] * 3)
+    names = [Path(image["path"]).name for image in read(row, image_root)["images"]]
+    assert names == ["step 1.png", "board.png", "board.png", "board.png"]
+    user["content"][0]["path"] = "../secret.png"
+    with pytest.raises(SampleError, match=r"messages\[0\].content\[0\].path: the image .* lies outside"):
+        read(row, image_root)
+
+
+@pytest.mark.parametrize("given", ["path", "encoded", "image"])
+def test_the_prompt_of_a_sample(given, image_root, processor):
+    sample = read(NATIVE, image_root)
+    paths = [image["path"] for image in sample["images"]]
+    images = {
+        "path": paths,
+        "encoded": [{"bytes": Path(path).read_bytes(), "path": None} for path in paths],
+        "image": [PILImage.open(path) for path in paths],
+    }[given]
+    prompt = prompt_of({**sample, "images": images})
+    ((shown, text),) = [turn["content"] for turn in prompt]
+    assert prompt[0]["role"] == "user" and text == {"type": "text", "text": "Plan"}
+    assert shown["image"].tobytes() == open_image(paths[0], "").tobytes()
+    inputs = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert "pixel_values" in inputs
+    with pytest.raises(ValueError, match="has 1 image parts for 0 images"):
+        prompt_of({**sample, "images": []})
+    plain = {"messages": [{"role": "user", "content": "Plan"}, {"role": "assistant", "content": "Up"}]}
+    assert prompt_of(plain) == [{"role": "user", "content": [text]}]
+    assert image_roles(sample["messages"]) == ["user", "assistant"] and image_roles(plain["messages"]) == []
 
 
 def test_a_named_format_is_the_one_that_is_read(image_root):
@@ -392,150 +630,3 @@ def test_streaming_takes_the_memory_of_a_row(image_root):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8_000_000 < path.stat().st_size / 2
-
-
-# ------------------------------------------------------------------------------------- what has been read wrongly
-
-
-ROW = {"messages": [{"role": "user", "content": "P"}, {"role": "assistant", "content": "R"}]}
-
-
-@pytest.mark.parametrize(
-    ("text", "problem", "line"),
-    [
-        (f"[{json.dumps(ROW)}]\n{json.dumps(ROW)}\n", "stands after the end of the array", 2),
-        (f"[{json.dumps(ROW)}]\n[{json.dumps(ROW)}]\n", "stands after the end of the array", 2),
-        (f"[{json.dumps(ROW)}] garbage", "stands after the end of the array: 'garbage'", 1),
-        (f"[]\n{json.dumps(ROW)}\n", "stands after the end of the array", 2),
-        (f"[{json.dumps(ROW)}\n{json.dumps(ROW)}]", "expected ',', found '{'", 2),
-        ('{"messages": 1, "messages": 2}\n', "the name 'messages' stands twice", 1),
-    ],
-    ids=["rows", "two arrays", "garbage", "empty array", "comma", "twice"],
-)
-def test_nothing_of_a_file_is_dropped(tmp_path, text, problem, line):
-    (tmp_path / "rows.jsonl").write_text(text)
-    *good, (number, row, _) = read_rows(tmp_path / "rows.jsonl")
-    assert isinstance(row, SampleError) and problem in str(row) and number == line
-    assert all(row == ROW for _, row, _ in good)
-
-
-def test_an_array_with_blanks_around_it(tmp_path):
-    (tmp_path / "rows.json").write_text(f"\n [ {json.dumps(ROW)} ,\n {json.dumps(ROW)} ]\n \n")
-    assert [(line, row) for line, row, _ in read_rows(tmp_path / "rows.json")] == [(2, ROW), (3, ROW)]
-
-
-def test_a_line_has_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("ilvr.data.row_files.MAX_ROW_CHARACTERS", 100)
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW)[:90] + " " * 500)
-    ((number, row, _),) = read_rows(tmp_path / "rows.jsonl")
-    assert number == 1 and "is longer than 100 bytes" in str(row)
-
-
-@pytest.mark.parametrize("role", ["user", "assistant"])
-def test_a_marker_cut_over_two_parts(image_root, role):
-    texts = [{"type": "text", "text": text} for text in ("Plan <|latent_", "start|> on")]
-    turns = [{"role": r, "content": texts if r == role else "words"} for r in ("user", "assistant")]
-    with pytest.raises(SampleError, match=r"content\[1\]: the text holds <\|latent_start\|>"):
-        read({"messages": turns}, image_root)
-    texts[1:1] = [{"type": "image", "path": "board.png"}]  # what an image parts is none
-    assert read({"messages": turns}, image_root)["images"]
-
-
-def test_photos_are_upright_and_measured_so(tmp_path):
-    """As transformers' `load_image` turns them at inference; the size from the header alone."""
-    from transformers.image_utils import load_image
-
-    image = PILImage.new("RGB", (96, 64), "red")
-    image.paste("blue", (0, 0, 48, 32))
-    exif = PILImage.Exif()
-    exif[0x0112] = 6
-    for name in ("a.jpg", "a.png", "a.webp", "a.tiff"):
-        image.save(tmp_path / name, exif=exif)
-        found = open_image(str(tmp_path / name), "it")
-        assert found.size == image_size(str(tmp_path / name), "it") == (64, 96), name
-        assert found.tobytes() == load_image(str(tmp_path / name)).tobytes()
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_images_of_more_than_8_bits_are_refused(tmp_path, mode):
-    PILImage.new(mode, (8, 8)).save(tmp_path / "depth.tiff")
-    with pytest.raises(ValueError, match=r"it has pixels of mode I|F.*Scale them to 8 bits"):
-        open_image(str(tmp_path / "depth.tiff"), "it")
-
-
-def test_postscript_starts_no_program(tmp_path, monkeypatch):
-    """Pillow hands it to Ghostscript; a stub of it on the path leaves a mark when it is called."""
-    stub = tmp_path / "bin" / "gs"
-    stub.parent.mkdir()
-    stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    for look in (open_image, image_size):
-        with pytest.raises(ValueError, match="it .* is no image that can be read"):
-            look(str(tmp_path / "x.png"), "it")
-    assert not (tmp_path / "called").exists()
-
-
-@pytest.mark.parametrize("kind", ["AVIF", "QOI", "DDS"])
-def test_broken_files_of_any_format_are_named(tmp_path, kind):
-    buffer = io.BytesIO()
-    PILImage.new("RGB", (32, 32)).save(buffer, kind)
-    data = buffer.getvalue().replace(b"iloc", b"xxxx")
-    with pytest.raises(ValueError, match="it .* is no image that can be read"):
-        open_image({"bytes": data[: len(data) // 2], "path": None}, "it")
-
-
-def test_names_that_are_patterns(image_root, tmp_path):
-    for name, number in (("p1", 3), ("p[1]", 7), ("p*", 5)):
-        Dataset.from_list([ROW] * number).to_parquet(tmp_path / f"{name}.parquet")
-    for name, number in (("p1", 3), ("p[1]", 7), ("p*", 5)):
-        assert len(load_conversations(str(tmp_path / f"{name}.parquet"))) == number
-
-
-def test_an_answer_that_no_file_can_store(image_root, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROW, "answer": "\ud800"}) + "\n" + json.dumps(ROW) + "\n")
-    with pytest.raises(ValueError, match="line 1: answer: the text is no valid Unicode"):
-        load_conversations(str(tmp_path / "rows.jsonl"))
-    assert len(load_conversations(str(tmp_path / "rows.jsonl"), skip_bad_samples=True)) == 1
-
-
-def test_a_suffix_in_capitals(tmp_path):
-    (tmp_path / "rows.JSONL").write_text(json.dumps(ROW) + "\n")
-    assert len(load_conversations(str(tmp_path / "rows.JSONL"))) == 1
-
-
-@pytest.mark.parametrize("images", [0, "", False])
-def test_images_that_are_no_list(image_root, images):
-    with pytest.raises(SampleError, match="images: must be a list"):
-        read({**ROW, "images": images}, image_root)
-
-
-def test_a_row_that_fits_two_formats(image_root):
-    with pytest.raises(SampleError, match="its fields fit native and monet. Name the format"):
-        read({**ROW, "data": []}, image_root)
-    assert read({**ROW, "data": []}, image_root, "native")["messages"]
-
-
-def test_image_parts_that_name_their_file(image_root):
-    part = {"type": "image", "path": "board.png"}
-    row = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "P"}]}, ROW["messages"][1]]}
-    assert read(row, image_root) == {**read(row, image_root), "metadata": "{}"}
-    assert read(row, image_root)["images"][0]["path"].endswith("board.png")
-
-
-def test_prompts_end_before_the_first_answer(image_root):
-    sample = read(NATIVE, image_root)
-    (turn,) = prompt_of(sample)
-    assert turn["content"][0]["image"].size == (32, 32) and turn["content"][1]["text"] == "Plan"
-    system = {"role": "system", "content": "Think."}
-    first, second = prompt_of({**sample, "messages": [system, *sample["messages"]]})
-    assert first == system and second["content"][0]["image"].mode == "RGB"
-
-
-def test_a_saved_data_set_has_one_split(tmp_path):
-    Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"has no split 'train\[:3\]'"):
-        load_conversations(str(tmp_path / "saved"), split="train[:3]")
-    with pytest.raises(ValueError, match="The path of the data is empty"):
-        load_conversations("")
