@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     # Without `return_remaining_strings`, TRL raises a traceback for an option that it does not know.
     options, positional, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if unknown:
-        print(f"ilvr check-data: unknown arguments: {' '.join(unknown)}. --help lists all.", file=sys.stderr)
+        print(f"ilvr check-data: unknown arguments: {' '.join(map(str, unknown))}. --help lists all.", file=sys.stderr)
         return 2
     path, output = positional.path, options.output and Path(options.output)
     if output and not output.parent.is_dir():

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from .conversations import SampleError, image_roles
 from .images import image_size, locate_image, open_image
 from .sources import check_format, convert, find_image_root, is_row_file, iterate_rows
+from .token_counts import SizeTokenizer, count_tokens
 
 
 if TYPE_CHECKING:
     from ilvr import ILVRProcessor
-from .token_counts import SizeTokenizer, count_tokens
 
 
 @dataclass
@@ -120,7 +120,7 @@ def check_dataset(
     """
     if max_length is not None and processor is None:
         raise ValueError(f"max_length={max_length} is in tokens, and needs a processor that counts them.")
-    image_root, format = find_image_root(path, image_root), check_format(format)
+    root, format = find_image_root(path, image_root), check_format(format)
     report, counts = DatasetReport(path), _Counts()
     tokenizer = None if processor is None else SizeTokenizer(processor)
     is_file = is_row_file(path)
@@ -129,11 +129,11 @@ def check_dataset(
         for number, row, progress in iterate_rows(path, **kwargs):
             report.num_samples += 1
             sizes: list[tuple[int, int]] = []
-            locate = partial(_locate_and_measure, image_root=image_root, decode=decode_images, sizes=sizes)
+            locate = partial(_locate_and_measure, image_root=root, decode=decode_images, sizes=sizes)
             try:
                 sample, name = convert(row, locate, format)
                 num_tokens = None if tokenizer is None else count_tokens(sample["messages"], sizes, tokenizer)
-                if max_length is not None and num_tokens > max_length:
+                if max_length is not None and num_tokens is not None and num_tokens > max_length:
                     raise SampleError(
                         "sample",
                         f"has {num_tokens} tokens, more than max_length={max_length}. Raise it or shrink the images.",

@@ -3,9 +3,10 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
@@ -91,7 +92,7 @@ def image_size(image: PILImage.Image | str | dict, where: str) -> tuple[int, int
 
 
 @contextmanager
-def _opened(image: PILImage.Image | str | dict, where: str) -> Iterator[PILImage.Image]:
+def _opened(image: Any, where: str) -> Generator[PILImage.Image]:
     if isinstance(image, PILImage.Image):
         _check_mode(image, where)
         yield image

@@ -1,10 +1,11 @@
 """Data sets of any known format as conversations: files are read row by row, everything else by `datasets`."""
 
+import copy
 import glob
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets import (
     Image,
     IterableDataset,
     List,
+    NamedSplit,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
@@ -102,7 +104,7 @@ def load_conversations(
     options = {"format": check_format(format), "image_root": root, "skip_bad_samples": skip_bad_samples}
     if not is_row_file(path):
         with _reading(path):
-            dataset = _load_rows(path, split=split, streaming=streaming, **kwargs)
+            dataset: Any = _load_rows(path, split=split, streaming=streaming, **kwargs)
             columns = dataset.column_names or list(next(iter(dataset)))
         dataset = dataset.map(
             partial(_convert_batch, source=path, **options),
@@ -121,9 +123,9 @@ def load_conversations(
     status = file.stat()
     arguments = {"path": str(file), "version": (__version__, status.st_mtime_ns, status.st_size), **options}
     if streaming:
-        return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+        return IterableDataset.from_generator(_generate, FEATURES, arguments, split=NamedSplit(split))
     try:
-        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+        return Dataset.from_generator(_generate, FEATURES, gen_kwargs=arguments, split=NamedSplit(split))
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # what is wrong with which sample
@@ -201,13 +203,12 @@ def find_image_root(path: str, image_root: str | None) -> Path | None:
     data = Path(path)
     if is_row_file(path) and not data.is_file():
         raise ValueError(f"There is no file {path}. Correct the path.")
-    if image_root is None and data.exists():
-        image_root = data if data.is_dir() else data.parent
-    if image_root is None:
+    if image_root is None and not data.exists():
         return None
-    if not Path(image_root).is_dir():
+    root = Path(image_root) if image_root is not None else data if data.is_dir() else data.parent
+    if not root.is_dir():
         raise ValueError(f"image_root={image_root} is no folder. Name the folder that the image paths start from.")
-    return Path(image_root).resolve()
+    return root.resolve()
 
 
 def describe(path: str, number: int) -> str:
@@ -216,7 +217,7 @@ def describe(path: str, number: int) -> str:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[None]:
+def _reading(path: str) -> Generator[None]:
     """What `datasets` raises for data that it cannot read becomes a ValueError that names them."""
     try:
         yield
@@ -229,8 +230,9 @@ def _reading(path: str) -> Iterator[None]:
         ) from error
 
 
-def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs: Any) -> Dataset | IterableDataset:
+def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwargs: Any) -> Any:
     data = Path(os.path.abspath(path))
+    dataset: Any
     if (data / "state.json").is_file():
         dataset = load_from_disk(path)
         _check_label(path, split)
@@ -247,7 +249,25 @@ def _load_rows(path: str, split: str = "train", streaming: bool = False, **kwarg
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+            dataset = undecoded(dataset, name)
+    return dataset
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """A data set whose column of lists of images holds them as they are stored.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`).
+        column (`str`): lists of images, or of what can be cast to images.
+    """
+    images, given = List(Image(decode=False)), (dataset.features or {}).get(column)
+    if given == images:
+        return dataset
+    if isinstance(dataset, IterableDataset) or given != List(Image()):
+        return dataset.cast_column(column, images)
+    # `cast_column` would write the whole data set again, though what is stored is the same.
+    dataset = copy.deepcopy(dataset)
+    dataset.info.features[column] = images
     return dataset
 
 

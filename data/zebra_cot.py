@@ -59,6 +59,7 @@ def _add_trace(
     """Adds a text with its images of one kind, `problem` or `reasoning`; returns the names of these images."""
     if not isinstance(text, str):
         builder.add_text(text, field)  # raises
+        return set()
     shown = set()
     pieces = _MARK.split(text)  # text, name, text, …, text
     for piece, name in zip(pieces[::2], [*pieces[1::2], None]):

@@ -3,16 +3,16 @@
 No pixel is touched here: tokens are counted from the headers of the images.
 """
 
-import copy
 from typing import Any
 
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ilvr import ILVRProcessor
 from ilvr.data.conversations import ROLES, SampleError, image_roles
 from ilvr.data.images import image_size
+from ilvr.data.sources import undecoded
 from ilvr.data.token_counts import SizeTokenizer, check_spans
 
 
@@ -94,7 +94,8 @@ def _columns(dataset: Any, name: str) -> list[str]:
 
 def _prepare(dataset, columns: list[str], processor: ILVRProcessor, name: str, num_proc: int | None):
     if "images" in columns:
-        dataset = _undecoded(dataset)
+        # Not decoded by `datasets`, whose error for a broken file does not say which sample it is in.
+        dataset = undecoded(dataset, "images")
     arguments = {"tokenizer": SizeTokenizer(processor), "name": name}
     read = [c for c in ("messages", "prompt", "completion", "images") if c in columns]
     if isinstance(dataset, IterableDataset):
@@ -112,19 +113,6 @@ def _prepare(dataset, columns: list[str], processor: ILVRProcessor, name: str, n
     # Side by side: what the samples hold already is not written again.
     joined = concatenate_datasets([dataset.remove_columns([c for c in FEATURES if c in columns]), added], axis=1)
     return Dataset(joined.data, joined.info, joined.split, fingerprint=f"{added._fingerprint}-ilvr")
-
-
-def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Images as they are stored: `datasets` does not say in which sample the broken file is that it cannot decode."""
-    images, given = List(Image(decode=False)), (dataset.features or {}).get("images")
-    if given == images:
-        return dataset
-    if isinstance(dataset, IterableDataset) or given != List(Image()):
-        return dataset.cast_column("images", images)
-    # `cast_column` would write the whole data set again, though what is stored is the same.
-    dataset = copy.deepcopy(dataset)
-    dataset.info.features["images"] = images
-    return dataset
 
 
 def processor_key(processor: ILVRProcessor) -> str:
