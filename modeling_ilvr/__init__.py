@@ -6,12 +6,24 @@ Importing the package registers `ILVRConfig`, `ILVRForConditionalGeneration` and
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_ilvr import ILVRConfig
+from .latent_attention import ColumnFacts, hide_images_after_first_span
+from .latent_spans import is_forced, pad_spans
 from .modeling_ilvr import ILVRForConditionalGeneration, ILVRModel, ILVROutput
 from .processing_ilvr import ILVRProcessor
 
 
 __version__ = "0.1.0"
-__all__ = ["ILVRConfig", "ILVRForConditionalGeneration", "ILVRModel", "ILVROutput", "ILVRProcessor"]
+__all__ = [
+    "ColumnFacts",
+    "ILVRConfig",
+    "ILVRForConditionalGeneration",
+    "ILVRModel",
+    "ILVROutput",
+    "ILVRProcessor",
+    "hide_images_after_first_span",
+    "is_forced",
+    "pad_spans",
+]
 
 AutoConfig.register("ilvr", ILVRConfig)
 AutoModel.register(ILVRConfig, ILVRForConditionalGeneration)

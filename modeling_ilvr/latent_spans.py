@@ -35,6 +35,27 @@ def gather_spans(values: torch.Tensor, is_latent: torch.Tensor, num_spans: int, 
     return spans.index_put((rows, slots), values[rows, columns]).view(batch_size, num_spans, latent_size, hidden_size)
 
 
+def pad_spans(latents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `generate(output_latents=True)` returns, as a forward pass takes it: to replay latents or to swap them.
+
+    Args:
+        latents (`list[torch.Tensor]`): for each row the latents (S, K, D) of its spans.
+
+    Returns:
+        `tuple`: `latent_values` (B, S, K, D), zero in the spans that a row does not have, and `latent_mask` (B, S, K).
+    """
+    values = torch.nn.utils.rnn.pad_sequence(latents, batch_first=True)
+    counts = torch.tensor([len(row) for row in latents], device=values.device)
+    exists = torch.arange(values.shape[1], device=values.device) < counts.unsqueeze(1)  # (B, S)
+    return values, exists.unsqueeze(-1).expand(values.shape[:3])
+
+
+def is_forced(input_ids: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """Which ids of a generation were no decision of the model, (B, T): the pads of a span and its end."""
+    _, pad_id, end_id = config.latent_token_ids
+    return (input_ids == pad_id) | (input_ids == end_id)
+
+
 def filled_slots(is_latent: torch.Tensor, num_spans: int, latent_size: int) -> torch.Tensor:
     """Which of the slots of `gather_spans` hold a latent of their row, `(B, S, K)`."""
     slots = torch.arange(num_spans * latent_size, device=is_latent.device)

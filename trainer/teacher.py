@@ -74,7 +74,7 @@ class MomentumTeacher:
     def distance(self, student: torch.nn.Module) -> float:
         """Relative L2 distance between the trained weights of teacher and student."""
         parameters = dict(student.named_parameters())
-        gap = norm = torch.zeros(())
+        gap, norm = torch.zeros(()), torch.zeros(())
         for name, average in zip(self.names, self.parameters()):
             gap += _whole((average - parameters[name].to(average.dtype)).square().sum())
             norm += _whole(average.square().sum())

@@ -18,7 +18,7 @@ from helpers import (
 )
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer, pipeline
 
-from ilvr import ILVRForConditionalGeneration
+from ilvr import ILVRForConditionalGeneration, is_forced, pad_spans
 from ilvr.latent_generation import LatentSpanLogitsProcessor
 from ilvr.latent_spans import ColumnFacts, SpanState
 
@@ -400,3 +400,21 @@ print("ids", model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].toli
     )
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
     assert f"ids {expected}" in out
+
+
+def test_latents_of_a_generation_can_be_replayed(model, processor):
+    """What was generated, forced in again: the same logits. Forced ids stand between a start and the next word."""
+    prompts = encode(processor, PROMPTS, "left", prompt_only=True)
+    width = prompts["input_ids"].shape[1]
+    output = generate(model, prompts, return_dict_in_generate=True, output_latents=True, output_logits=True)
+    values, mask = pad_spans(output.latents)
+    assert mask.any(-1).sum(1).tolist() == [len(steps) for steps in STEPS] and not values[~mask].any()
+    new = output.sequences.shape[1] - width
+    whole = {**prompts, "input_ids": output.sequences}
+    whole["attention_mask"] = torch.nn.functional.pad(prompts["attention_mask"], (0, new), value=1)
+    if "mm_token_type_ids" in prompts:
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(prompts["mm_token_type_ids"], (0, new))
+    replayed = model(**whole, latent_values=values, latent_mask=mask).logits[:, width - 1 : -1]
+    torch.testing.assert_close(replayed, torch.stack(output.logits, dim=1), rtol=1e-4, atol=1e-4)
+    forced = is_forced(output.sequences[:, width:], model.config)
+    assert forced.sum(1).tolist() == [(LATENT_SIZE + 1) * len(steps) for steps in STEPS]
