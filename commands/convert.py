@@ -8,8 +8,8 @@ the backbone's own config.
 import json
 import os
 import pickle
+import sys
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
@@ -22,18 +22,14 @@ REFERENCE_FIELDS = ("latent_token_id", "latent_start_id", "latent_end_id", "late
 
 
 @dataclass
-class ConvertOptions:
+class ConvertArguments:
     """
     Options of `ilvr convert`.
 
     Args:
-        checkpoint (`str`): folder or Hub id of the reference checkpoint.
-        output_dir (`str`): new folder for the ILVR checkpoint.
         dtype (`str`, *optional*, defaults to `"auto"`): of the saved weights; `"auto"` is that of the checkpoint.
     """
 
-    checkpoint: str = field(metadata={"help": "Folder or Hub id of the reference checkpoint."})
-    output_dir: str = field(metadata={"help": "New folder for the ILVR checkpoint."})
     dtype: str = field(default="auto", metadata={"help": "Of the saved weights; `auto` is that of the checkpoint."})
 
 
@@ -105,7 +101,11 @@ def _check_shards(checkpoint: str):
         path = os.path.join(checkpoint, index)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                shards = set(json.load(file)["weight_map"].values())
+                weight_map = json.load(file)
+            weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{path} does not say which file holds which weight. Copy or download it again.")
+            shards = set(weight_map.values())
             absent = sorted(shards - set(os.listdir(checkpoint)))
             if absent:
                 raise ValueError(
@@ -115,13 +115,19 @@ def _check_shards(checkpoint: str):
 
 
 def main(arguments: list[str]) -> int:
-    """`ilvr convert CHECKPOINT OUTPUT_DIR [--dtype bfloat16]`."""
-    words = list(takewhile(lambda word: not word.startswith("-"), arguments))[:2]
-    named = [part for pair in zip(("--checkpoint", "--output_dir"), words) for part in pair]
-    parser = TrlParser((ConvertOptions,), prog="ilvr convert")
-    (options,) = parser.parse_args_and_config([*named, *arguments[len(words) :]])
-    model = convert_checkpoint(options.checkpoint, options.output_dir, dtype=options.dtype)
-    config = model.config
-    ids = config.latent_token_ids
-    print(f"{options.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
+    """`ilvr convert CHECKPOINT OUTPUT_DIR [--dtype bfloat16]`: returns 2 for what cannot be converted, else 0."""
+    parser = TrlParser(ConvertArguments, prog="ilvr convert", description="Converts a checkpoint of the paper's code.")
+    parser.add_argument("checkpoint", help="folder or Hub id of the reference checkpoint")
+    parser.add_argument("output_dir", help="new folder for the ILVR checkpoint")
+    options, named, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        print(f"ilvr convert: unknown arguments: {' '.join(map(str, unknown))}. --help lists all.", file=sys.stderr)
+        return 2
+    try:
+        model = convert_checkpoint(named.checkpoint, named.output_dir, dtype=options.dtype)
+    except (ValueError, OSError) as error:
+        print(f"ilvr convert: {error}", file=sys.stderr)
+        return 2
+    config, ids = model.config, model.config.latent_token_ids
+    print(f"{named.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
     return 0

@@ -227,6 +227,19 @@ def test_the_output_folder_is_new(checkpoint):
         convert_checkpoint(str(checkpoint), str(checkpoint))
 
 
-def test_words_that_the_command_does_not_know():
-    with pytest.raises(ValueError, match=r"not used by .*\['c'\]"):
-        main(["a", "b", "c"])
+def test_errors_are_one_line(checkpoint, backbone_dir, tmp_path, capsys):
+    for arguments, message in (
+        (["a", "b", "c"], "unknown arguments: c"),
+        ([str(backbone_dir), str(tmp_path / "out")], "has no latent_token_id"),
+        ([str(checkpoint), str(checkpoint)], "is not empty"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("ilvr convert: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": {"a": 3}}])
+def test_an_index_that_names_no_files(checkpoint, tmp_path, index):
+    (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="does not say which file holds which weight"):
+        convert_checkpoint(str(checkpoint), str(tmp_path / "out"))
