@@ -97,6 +97,7 @@ def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
         trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(folder))
         trainer.save_model()
         trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # the next phase reads what process 0 writes
     return trainer.model_card()
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import yaml
 from helpers import NO_ILVR, encode, make_sample, make_trainer
@@ -134,14 +135,12 @@ processor = AutoProcessor.from_pretrained("user/tiny-ilvr", trust_remote_code=Tr
 def test_the_trainer_pushes_itself(model, processor, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
+    tests = Path(__file__).parents[1]
     script = f"""
 import sys
-sys.path[:0] = {[str(p) for p in (os.path.dirname(__file__), os.path.dirname(__file__) + "/../examples")]!r}
-os_environ = __import__("os").environ
-os_environ.pop("HF_HUB_OFFLINE")
-import huggingface_hub.constants
-huggingface_hub.constants.HF_HUB_OFFLINE = False
+sys.path[:0] = {[str(tests), str(tests.parent / "examples")]!r}
 from datasets import Dataset, Image, List
+from helpers import make_sample
 from ilvr import *
 from ilvr.trainer import *
 folder = {str(tmp_path / "model")!r}
