@@ -6,9 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2  # by which huggingface_hub reads the Hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -68,7 +67,7 @@ def license_of(base_model: str) -> dict[str, str]:
     """
     try:
         data = ModelCard.load(base_model).data.to_dict()
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
+    except (httpx2.HTTPError, OSError, ValueError):
         return {}
     return {name: data[name] for name in LICENSE_FIELDS if data.get(name)}
 
