@@ -4,6 +4,7 @@ N image tokens, K latents of a span, D hidden.
 """
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
@@ -31,9 +33,10 @@ COLOR_MAP, COLOR_RANGE = "cividis", Normalize(-1, 1)
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 CAPTION = (
     "Left: the question's image and the answer. Right: each span of latents over what it is about. Colour: cosine of "
-    "the nearest latent and the image's tokens, both less the tokens' mean.\n"
-    "Numbers: the latents of the span in their order, each where it resembles the image most."
+    "the nearest latent and the image's tokens, both less the tokens' mean. Numbers: the latents of the span in their "
+    "order, each where it resembles the image most."
 )
+UNITS = {"ce_loss": "nats a token", "alignment_loss": "1 - cosine"}
 
 
 @torch.inference_mode()
@@ -91,7 +94,8 @@ def draw_latents(
     """
     rows = [(sample, *answer_with_latents(model, processor, sample, **generate_kwargs)) for sample in dataset]
     columns = 1 + min(max_spans, max(len(latents) for _, _, latents in rows))
-    figure = Figure(figsize=(max(6, 2.1 * columns + 0.8), 2.3 * len(rows) + 0.9), layout="constrained")
+    width = max(5, 2.1 * columns + 0.8)  # inches
+    figure = Figure(figsize=(width, 2.3 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -109,7 +113,7 @@ def draw_latents(
     bar = figure.colorbar(ScalarMappable(COLOR_RANGE, COLOR_MAP), ax=axes, shrink=0.6, aspect=30)
     bar.set_label("cosine", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.supxlabel(CAPTION, fontsize=7)
+    figure.supxlabel(textwrap.fill(CAPTION, int(16 * width)), fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -124,7 +128,7 @@ def draw_curves(
     Args:
         states (`dict[str, Path]`): by run, in their order, the `trainer_state.json` that `Trainer.save_state` writes.
         path (`str` or `Path`): of the PNG.
-        names (`Sequence[str]`, *optional*): logged quantities, in nats a token, drawn on a logarithmic axis.
+        names (`Sequence[str]`, *optional*): logged quantities, drawn on a logarithmic axis.
     """
     logs = {run: json.loads(Path(state).read_text()) for run, state in states.items()}
     figure = Figure(figsize=(5.5 * len(names), 3.4), layout="constrained")
@@ -136,8 +140,10 @@ def draw_curves(
                 axis.semilogy(*zip(*points), label=run, color=color, marker=".", markersize=3)
             start += log["global_step"]
             axis.axvline(start, color="0.85", linewidth=0.8, zorder=0)
-        axis.set(title=name, xlabel="optimizer steps, the runs one after another", ylabel="nats a token")
-        if axis.lines and axis.get_legend_handles_labels()[0]:
+        axis.set(title=name, xlabel="optimizer steps, the runs one after another", ylabel=UNITS.get(name))
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter(minor_thresholds=(2, 0.5)))
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
