@@ -16,8 +16,8 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.evaluation import generate_answers, load_metric
-from ilvr.tasks.frozen_lake import frozen_lake_dataset
+from ilvr.evaluation import generate_answers, load_metric, scores_by_group
+from ilvr.tasks import Task, load_task
 from ilvr.trainer.inputs.data_collator import LatentBatch, LatentDataCollator
 from ilvr.trainer.inputs.data_preparation import prepare_dataset
 
@@ -45,27 +45,28 @@ def main():
     parser.add_argument("--train", action="store_true")
     options = parser.parse_args()
     recipe = yaml.safe_load(options.recipe.read_text())
-    lake = recipe["frozen_lake"]
-    tests = frozen_lake_dataset(lake["test_maps"], tasks=["plan_trace"], split="test", seed=recipe["seed"])
+    task = load_task(recipe["task"], seed=recipe["seed"], **recipe["task_settings"])
+    tests = task.dataset("test")
     processor = ILVRProcessor.from_pretrained(options.run / "stage2")
     model = ILVRForConditionalGeneration.from_pretrained(options.run / "stage2").eval()
 
-    for size, count in lake["test_maps"].items():
-        rows = [i for i, board in enumerate(tests["board"]) if len(board) == int(size)][: min(count, 64)]
-        print(f"\n{size}x{size} boards, {len(rows)} traces of the test maps\n", flush=True)
+    groups = [task.group(sample) for sample in tests.remove_columns("images")]
+    for group in dict.fromkeys(groups):
+        rows = [i for i, own in enumerate(groups) if own == group][:64]
+        print(f"\n{group} boards, {len(rows)} traces of the test maps\n", flush=True)
         print(forced_table(model, processor, tests.select(rows)), flush=True)
     print("\nwritten by generate\n\n| jacobi_iterations | goals | seconds |\n|---|---|---|", flush=True)
     for iterations in (None, 1, 2, 3):
         start = time.perf_counter()
-        goals = score(model, processor, tests, lake, jacobi_iterations=iterations)
+        goals = score(model, processor, task, recipe, jacobi_iterations=iterations)
         print(f"| {iterations or 'none'} | {goals} | {time.perf_counter() - start:.0f} |", flush=True)
     print("\nthe controls: are the latents used?\n\n| latents | goals |\n|---|---|", flush=True)
     for name, intervention in CONTROLS.items():
-        print(f"| {name} | {score(model, processor, tests, lake, latent_intervention=intervention)} |", flush=True)
+        print(f"| {name} | {score(model, processor, task, recipe, latent_intervention=intervention)} |", flush=True)
     if options.train:
         print("\nstage 2, trained\n\n| setting | minutes | goals |\n|---|---|---|", flush=True)
         for name, setting in SETTINGS.items():
-            print(f"| {name} | {train_stage2(options, recipe, processor, tests, setting)} |", flush=True)
+            print(f"| {name} | {train_stage2(options, recipe, processor, task, setting)} |", flush=True)
 
 
 @torch.no_grad()
@@ -95,30 +96,27 @@ def forced_table(model, processor, dataset) -> str:
     return "\n".join([*lines, f"| one after the other, {int(used.flatten(1).sum(1).max())} | | | {cells(exact)}"])
 
 
-def score(model, processor, tests, lake: dict, **kwargs) -> str:
+def score(model, processor, task: Task, recipe: dict, **kwargs) -> str:
     """Share of plans that end on the goal, with Wilson intervals, for each size of board."""
-    answers = generate_answers(model, processor, tests, batch_size=lake["batch_size"], max_new_tokens=128, **kwargs)
-    scores = load_metric("frozen_lake").compute(predictions=answers, references=tests["board"])
-    cells = []
-    for size in lake["test_maps"]:
-        value, low, high = (100 * scores[f"end_on_goal{k}_{size}x{size}"] for k in ("", "_low", "_high"))
-        cells.append(f"{size}x{size}: {value:.1f} % ({low:.1f} – {high:.1f})")
-    return ", ".join(cells)
+    tests = task.dataset("test")
+    answers = generate_answers(model, processor, tests, **recipe["evaluation"], **kwargs)
+    references = [task.reference(sample) for sample in tests.remove_columns("images")]
+    scores = scores_by_group(load_metric(task.metric).compute(predictions=answers, references=references))
+    return ", ".join(f"{group}: {score}" for group, score in scores.items() if group)
 
 
-def train_stage2(options, recipe: dict, processor, tests, setting: dict) -> str:
+def train_stage2(options, recipe: dict, processor, task: Task, setting: dict) -> str:
     sys.path.insert(0, str(EXAMPLES))
-    from train_ilvr import Recipe, train
+    from train_ilvr import Recipe, phases_of, train
 
     with tempfile.TemporaryDirectory() as folder:
-        stage2 = {**recipe["stage2"], **setting}
-        variant = Recipe(**{**recipe, "output_dir": folder, "stage2": stage2})
+        variant = Recipe(**{**recipe, "output_dir": folder, "stage2": {**recipe["stage2"], **setting}})
         model = ILVRForConditionalGeneration.from_pretrained(options.run / "stage1", **variant.model_kwargs)
         start = time.perf_counter()
-        train(variant, "stage2", model, processor)
+        train("stage2", phases_of(variant)["stage2"], task.dataset("train"), model, processor, variant)
         minutes = (time.perf_counter() - start) / 60
         trained = ILVRForConditionalGeneration.from_pretrained(f"{folder}/stage2").eval()
-    return f"{minutes:.1f} | {score(trained, processor, tests, recipe['frozen_lake'])}"
+    return f"{minutes:.1f} | {score(trained, processor, task, recipe)}"
 
 
 if __name__ == "__main__":

@@ -1,36 +1,49 @@
-"""Answers of a model to the questions of a data set, in batches, and their scores."""
+"""Answers of a model to the questions of a data set, in batches, or one by one with the latents."""
 
-from pathlib import Path
+from typing import Any
 
-import evaluate
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 
-import ilvr.tasks
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data.images import open_image
 
 
-METRICS_FOLDER = Path(ilvr.tasks.__file__).parent
+def prompt_of(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a sample before its first answer as a conversation, its images opened and filled in.
 
+    Args:
+        sample (`dict`): with `messages` and `images`, which may be decoded or not.
 
-def load_metric(name: str) -> evaluate.Metric:
-    """Loads one of this package's `evaluate` metrics, such as `"frozen_lake"`; works offline."""
-    path = METRICS_FOLDER / name / "metric" / f"{name}.py"
-    if not path.is_file():
-        known = sorted(p.parent.name for p in METRICS_FOLDER.glob("*/metric"))
-        raise ValueError(f"There is no metric {name!r}; choose one of {known}.")
-    return evaluate.load(str(path))
-
-
-def prompt_of(sample: dict) -> list[dict]:
-    """The first user turn of a sample as a conversation, its image parts filled in."""
-    images = iter(sample["images"])
-    content = sample["messages"][0]["content"]
-    parts = [{"type": "image", "image": next(images)} if part["type"] == "image" else part for part in content]
-    return [{"role": "user", "content": parts}]
+    Raises:
+        ValueError: if an image cannot be opened.
+    """
+    images, prompt = iter(enumerate(sample["images"])), []
+    for message in sample["messages"]:
+        if message["role"] == "assistant":
+            break
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                number, image = next(images)
+                parts.append({"type": "image", "image": open_image(image, f"images[{number}]")})
+            else:
+                parts.append(part)
+        prompt.append({"role": message["role"], "content": parts})
+    return prompt
 
 
 @torch.inference_mode()
-def generate_answers(model, processor, dataset, *, batch_size=64, desc="Generating", **generate_kwargs) -> list[str]:
+def generate_answers(
+    model: ILVRForConditionalGeneration,
+    processor: ILVRProcessor,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    desc: str = "Generating",
+    **generate_kwargs: Any,
+) -> list[str]:
     """Answers to the first question of each sample.
 
     Args:
@@ -59,3 +72,27 @@ def generate_answers(model, processor, dataset, *, batch_size=64, desc="Generati
         output = model.generate(**inputs, **generate_kwargs)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
+
+
+@torch.inference_mode()
+def answer_with_latents(
+    model: ILVRForConditionalGeneration, processor: ILVRProcessor, sample: dict[str, Any], **generate_kwargs: Any
+) -> tuple[str, torch.Tensor]:
+    """The answer to the first question of a sample, and the latents that it was thought with.
+
+    Args:
+        model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
+        sample (`dict`): with `messages` and `images`.
+        generate_kwargs: passed to `generate`; greedy decoding by default.
+
+    Returns:
+        `tuple[str, torch.Tensor]`: the generated words, and the latents of shape (spans, K, D).
+    """
+    model.eval()
+    inputs = processor.apply_chat_template(
+        [prompt_of(sample)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    settings = {"do_sample": False, "return_dict_in_generate": True, "output_latents": True, **generate_kwargs}
+    output = model.generate(**inputs, **settings)
+    new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(new_ids, skip_special_tokens=True), output.latents[0]

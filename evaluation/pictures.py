@@ -1,125 +1,175 @@
-"""Pictures of what a model thinks (for each latent, the cells of the board that it resembles), and of its training."""
+"""Pictures of a model's latents (for each, the patches of an image that it resembles), and of its training.
+
+N image tokens, K latents of a span, D hidden.
+"""
 
 import json
-import re
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from datasets import Dataset
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from PIL import Image
 
-from ilvr.tasks.frozen_lake import FrozenLakeMap, render_board
-from ilvr.tasks.frozen_lake.board import MOVES
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data.conversations import last_boxed
+from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
+from ilvr.trainer.watching.selection_pictures import token_grid
 
-from .generation import prompt_of
+from .generation import answer_with_latents, prompt_of
 
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+Draw = Callable[[dict[str, Any], str], list[tuple[str, Image.Image]]]
+COLOR_MAP, COLOR_RANGE = "cividis", Normalize(-1, 1)
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+CAPTION = (
+    "Left: the question's image and the answer. Right: each span of latents over what it is about. Colour: cosine of "
+    "the nearest latent and the image's tokens, both less the tokens' mean. Numbers: the latents of the span in their "
+    "order, each where it resembles the image most."
+)
+UNITS = {"ce_loss": "nats a token", "alignment_loss": "1 - cosine"}
 
 
 @torch.inference_mode()
-def cell_similarity(model, processor, image, latents) -> np.ndarray:
-    """Cosine of each latent with the vision feature of each cell, both less the mean of the cells.
+def patch_similarity(
+    model: ILVRForConditionalGeneration, processor: ILVRProcessor, image: Image.Image, latents: torch.Tensor
+) -> np.ndarray:
+    """Cosine of each latent with the vision feature of each image token, both less the mean of the tokens.
 
-    The features of a board share one large direction; without it a latent is told apart by what is particular.
+    The features of an image share one large direction; without it a latent is told apart by what is particular.
 
     Args:
-        image (`PIL.Image.Image`): a board, one visual token a cell.
+        model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
+        image (`PIL.Image.Image`): of any size. A backbone that cuts images into tiles has no one grid of tokens for
+            those it cuts, and its picture cannot be read.
         latents (`torch.Tensor` of shape `(K, D)`).
 
     Returns:
         `np.ndarray` of shape `(K, rows, columns)`.
     """
     inputs = processor.image_processor([image], return_tensors="pt").to(model.device)
-    features = model.get_image_features(**inputs, return_dict=True).pooler_output[0].float()  # (N, D)
-    size = int(len(features) ** 0.5)
+    features = flatten_features(image_outputs(dict(inputs), model.model.core).pooler_output).float()  # (N, D)
     centre = features.mean(0)
     similarity = torch.cosine_similarity(
         (latents.float() - centre).unsqueeze(1), (features - centre).unsqueeze(0), dim=-1
-    )
-    return similarity.view(-1, size, size).cpu().numpy()
+    )  # (K, N)
+    grid = token_grid(len(features), image.size, inputs["image_grid_thw"][0] if "image_grid_thw" in inputs else None)
+    return similarity.view(-1, *grid).cpu().numpy()
 
 
-@torch.inference_mode()
-def draw_latents(model, processor, dataset, path: str | Path, *, max_spans: int = 6, **generate_kwargs):
-    """Writes a picture with a row for each sample: the board and the plan, then each span on the board after its move.
-
-    Shading is the similarity of the nearest latent to each cell; the numbers are the latents, on the cell that each
-    resembles most.
+def draw_latents(
+    model: ILVRForConditionalGeneration,
+    processor: ILVRProcessor,
+    dataset: Dataset,
+    path: str | Path,
+    *,
+    draw: Draw | None = None,
+    is_right: Callable[[dict[str, Any], str], bool] | None = None,
+    max_spans: int = 6,
+    **generate_kwargs: Any,
+) -> None:
+    """Writes a picture with a row for each sample: the image and the answer, then the latents of each span.
 
     Args:
-        dataset (`Dataset`): a few samples of the task `plan_trace`.
+        model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
+        dataset (`Dataset`): a few samples.
         path (`str` or `Path`): of the PNG.
+        draw (`Callable`, *optional*): for a sample and an answer, caption and picture of what each span is about, such
+            as [`~ilvr.tasks.Task.draw`]; the question's first image, where there is none.
+        is_right (`Callable`, *optional*): whether an answer to a sample is right, which is marked.
         max_spans (`int`, *optional*, defaults to 6): spans drawn of each sample.
         generate_kwargs: passed to `generate`.
+
+    Raises:
+        ValueError: if a question has no image.
     """
-    model.eval()
-    thoughts = [_think(model, processor, sample, generate_kwargs) for sample in dataset]
-    columns = 1 + min(max_spans, max(len(latents) for _, latents in thoughts))
-    size = (2.1 * columns, 2.3 * len(dataset) + 0.3)
-    figure, axes = plt.subplots(len(dataset), columns, figsize=size, squeeze=False)
+    rows = [(sample, *answer_with_latents(model, processor, sample, **generate_kwargs)) for sample in dataset]
+    columns = 1 + min(max_spans, max(len(latents) for _, _, latents in rows))
+    width = max(5, 2.1 * columns + 0.8)  # inches
+    figure = Figure(figsize=(width, 2.3 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for row, sample, (answer, latents) in zip(axes, dataset, thoughts):
-        cell = (board := FrozenLakeMap(tuple(sample["board"]))).start
-        row[0].imshow(render_board(board))
-        boxes = re.findall(r"\\boxed\{[^}]*\}", answer)
-        row[0].set_title(boxes[-1].removeprefix("\\boxed") if boxes else "no answer", fontsize=8)
-        moves = [letter for letter in answer.split("\\boxed")[0] if letter in MOVES]
-        for axis, move, span in zip(row[1:], moves, latents):
-            cell = board.step(cell, move)
-            image = render_board(board, cell, move)
-            _draw_span(axis, image, cell_similarity(model, processor, image, span))
-            axis.set_title(move, fontsize=8)
-    figure.suptitle("Board and plan; after each move, the cells that the latents of its span resemble", fontsize=9)
-    figure.tight_layout()
+    for line, (sample, answer, latents) in zip(axes, rows):
+        question = _first_image(sample)
+        line[0].imshow(question)
+        mark = {None: "", True: "  right", False: "  wrong"}[is_right and bool(is_right(sample, answer))]
+        box = last_boxed(answer)
+        line[0].set_title(("no answer" if box is None else _shorten(box)) + mark, fontsize=8)
+        meant = draw(sample, answer) if draw else []
+        meant += [(f"span {number + 1}", question) for number in range(len(meant), len(latents))]
+        for axis, (caption, image), span in zip(line[1:], meant, latents):
+            _draw_span(axis, image, patch_similarity(model, processor, image, span))
+            axis.set_title(caption, fontsize=8)
+    bar = figure.colorbar(ScalarMappable(COLOR_RANGE, COLOR_MAP), ax=axes, shrink=0.6, aspect=30)
+    bar.set_label("cosine", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.supxlabel(textwrap.fill(CAPTION, int(16 * width)), fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def draw_curves(states: dict[str, Path], path: str | Path, names: tuple[str, ...] = ("ce_loss", "alignment_loss")):
-    """Plots what the training runs logged, one panel for each name.
+def draw_curves(
+    states: dict[str, str | Path], path: str | Path, names: Sequence[str] = ("ce_loss", "alignment_loss")
+) -> None:
+    """Plots what training runs logged, one panel for each name, the runs one after another.
+
+    They are not laid over each other: each has its own words to predict, and the height of one curve says nothing
+    about that of another.
 
     Args:
-        states (`dict[str, Path]`): by run, the `trainer_state.json` that `Trainer.save_state` writes.
+        states (`dict[str, Path]`): by run, in their order, the `trainer_state.json` that `Trainer.save_state` writes.
         path (`str` or `Path`): of the PNG.
-        names (`tuple[str, ...]`, *optional*): logged quantities, drawn on a logarithmic axis.
+        names (`Sequence[str]`, *optional*): logged quantities, drawn on a logarithmic axis.
     """
-    logs = {run: json.loads(Path(state).read_text())["log_history"] for run, state in states.items()}
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.2))
-    for axis, name in zip(axes, names):
-        for run, log in logs.items():
-            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+    logs = {run: json.loads(Path(state).read_text()) for run, state in states.items()}
+    figure = Figure(figsize=(5.5 * len(names), 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        start = 0
+        for (run, log), color in zip(logs.items(), [*COLORS] * len(logs)):
+            points = [(start + entry["step"], entry[name]) for entry in log["log_history"] if name in entry]
             if points:
-                axis.semilogy(*zip(*points), label=run)
-        axis.set(title=name, xlabel="optimizer step")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+                axis.semilogy(*zip(*points), label=run, color=color, marker=".", markersize=3)
+            start += log["global_step"]
+            axis.axvline(start, color="0.85", linewidth=0.8, zorder=0)
+        axis.set(title=name, xlabel="optimizer steps, the runs one after another", ylabel=UNITS.get(name))
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter(minor_thresholds=(2, 0.5)))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def _think(model, processor, sample: dict, generate_kwargs: dict) -> tuple[str, torch.Tensor]:
-    """The model's answer to a sample, and its latents (spans, K, D)."""
-    inputs = processor.apply_chat_template(
-        [prompt_of(sample)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    settings = {"do_sample": False, "return_dict_in_generate": True, "output_latents": True, **generate_kwargs}
-    output = model.generate(**inputs, **settings)
-    new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(new_ids, skip_special_tokens=True), output.latents[0]
+def _first_image(sample: dict[str, Any]) -> Image.Image:
+    parts = [part for message in prompt_of(sample) for part in message["content"]]
+    image = next((part["image"] for part in parts if part["type"] == "image"), None)
+    if image is None:
+        raise ValueError("A sample asks about no image. Choose samples whose question has one.")
+    return image
 
 
-def _draw_span(axis, image, similarity: np.ndarray):
-    """Shades the cells of a board by their nearest latent, and writes each latent's number on its nearest cell."""
-    pixels = image.width
+def _shorten(text: str, length: int = 24) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _draw_span(axis: Axes, image: Image.Image, similarity: np.ndarray) -> None:
+    """Shades an image by the nearest latent of each token, and writes each latent's number on its nearest token."""
+    _, rows, columns = similarity.shape
     axis.imshow(image)
-    axis.imshow(similarity.max(0), cmap="magma", alpha=0.45, extent=(0, pixels, pixels, 0), vmin=-1, vmax=1)
-    side = pixels / similarity.shape[1]
+    extent = (0, image.width, image.height, 0)
+    axis.imshow(similarity.max(0), cmap=COLOR_MAP, norm=COLOR_RANGE, alpha=0.45, extent=extent, aspect="auto")
+    axis.set_aspect("equal")
     for number, scores in enumerate(similarity):
         top, left = np.unravel_index(scores.argmax(), scores.shape)
-        x = (left + (number + 0.5) / len(similarity)) * side
+        x = (left + (number + 0.5) / len(similarity)) * image.width / columns
         box = {"facecolor": "black", "alpha": 0.6, "pad": 1, "linewidth": 0}
-        axis.text(x, (top + 0.5) * side, str(number + 1), color="white", fontsize=7, ha="center", bbox=box)
+        y = (top + 0.5) * image.height / rows
+        axis.text(x, y, str(number + 1), color="white", fontsize=7, ha="center", va="center", bbox=box)

@@ -1,30 +1,39 @@
 """Answers the questions of a data set with a checkpoint, as a user of the Hub would: without `ilvr` installed.
 
 python examples/generate_answers.py CHECKPOINT DATASET OUTPUT.json
+
+The data set is a folder that `save_to_disk` wrote, with `messages` and `images`; each sample's first question, all its
+turns and images before the first answer, is asked.
 """
 
 import json
 import sys
 
 import torch
-from datasets import load_from_disk
+from datasets import Image, List, load_from_disk
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 
-def main(checkpoint: str, dataset: str, output: str):
+def question_of(sample: dict) -> list[dict]:
+    images, turns = iter(sample["images"]), []
+    for message in sample["messages"]:
+        if message["role"] == "assistant":
+            break
+        parts = [{**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]]
+        turns.append({"role": message["role"], "content": parts})
+    return turns
+
+
+def main(checkpoint: str, dataset: str, output: str) -> None:
     logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     if type(model).__module__.startswith("ilvr"):
         raise RuntimeError("The installed ilvr was used, not the code of the checkpoint.")
-    conversations = []
-    for sample in load_from_disk(dataset):
-        question = sample["messages"][0]["content"][1]["text"]
-        content = [{"type": "image", "image": sample["images"][0]}, {"type": "text", "text": question}]
-        conversations.append([{"role": "user", "content": content}])
+    samples = load_from_disk(dataset).cast_column("images", List(Image()))  # decoded
     inputs = processor.apply_chat_template(
-        conversations,
+        [question_of(sample) for sample in samples],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

@@ -9,58 +9,63 @@ A recipe without `backbone` builds a small Qwen2.5-VL and teaches it to see firs
 backbone stays as it is: both stages train one adapter, which is merged in the end.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from evaluate_frozen_lake import evaluate_frozen_lake
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from recipe import Recipe, phases_of
 from small_qwen import build_small_qwen
 from transformers import TrainerState
 from trl import TrlParser
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.data import load_conversations
+from ilvr.evaluation import evaluate_checkpoints
 from ilvr.hub_cards import ILVRModelCard
-from ilvr.tasks.frozen_lake import frozen_lake_dataset
-from ilvr.tasks.frozen_lake.conversations import vocabulary
+from ilvr.tasks import load_task
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
 from ilvr.trainer.running.checkpoints import last_whole_checkpoint
 
 
-@dataclass
-class Recipe:
-    """What is trained on what. Each phase is a dict of `ILVRTrainingConfig` arguments, on top of `training`."""
+ANSWER = Path(__file__).parent / "generate_answers.py"
+FORMS = {"base": "base", "answer_only": "answer", "stage1": "trace", "stage2": "trace"}  # of a task's training data
 
-    output_dir: str = field(default="runs/ilvr", metadata={"help": "Folder of checkpoints, pictures and results."})
-    backbone: str | None = field(default=None, metadata={"help": "Hub id or folder of a vision-language model."})
-    small_backbone: dict = field(
-        default_factory=dict, metadata={"help": "Sizes of the backbone built if none is named."}
+
+def train(phase: str, settings: dict[str, Any], data: Dataset, model, processor, recipe: Recipe) -> ILVRModelCard:
+    """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
+    trainer = ILVRTrainer(
+        model,
+        ILVRTrainingConfig(**settings),
+        train_dataset=data,
+        processing_class=processor,
+        peft_config=LoraConfig(**recipe.lora) if recipe.lora and not is_peft_model(model) else None,
     )
-    model_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of from_pretrained."})
-    latent_size: int = field(default=8, metadata={"help": "Latents in a span."})
-    latent_head: str = field(default="identity", metadata={"help": "identity, linear or mlp."})
-    dataset: str | None = field(default=None, metadata={"help": "File, folder or Hub id for `load_conversations`."})
-    dataset_kwargs: dict = field(default_factory=dict, metadata={"help": "Further arguments of it: image_root, …"})
-    frozen_lake: dict = field(default_factory=dict, metadata={"help": "FrozenLake maps, if there is no dataset."})
-    lora: dict = field(default_factory=dict, metadata={"help": "LoraConfig of the adapter; none: all weights train."})
-    resume: bool = field(default=False, metadata={"help": "Whether phases go on from their last whole checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, maps and the order of the data."})
-    training: dict = field(default_factory=dict, metadata={"help": "Training arguments of all phases."})
-    base: dict = field(default_factory=dict, metadata={"help": "The phase that makes a small backbone see."})
-    answer_only: dict = field(default_factory=dict, metadata={"help": "The control without traces."})
-    stage1: dict = field(default_factory=dict, metadata={"help": "Alignment with the momentum teacher."})
-    stage2: dict = field(default_factory=dict, metadata={"help": "Training through the model's own latents."})
+    trainer.accelerator.print(f"\n=== {phase} ===", flush=True)
+    state = Path(settings["output_dir"], "trainer_state.json")  # saved last
+    if recipe.resume and state.exists():
+        trainer.accelerator.print("already trained", flush=True)
+        trainer.state = TrainerState.load_from_json(state)
+    else:
+        state.unlink(missing_ok=True)
+        trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(settings["output_dir"]))
+        trainer.save_model()
+        trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # the next phase reads what process 0 writes
+    return trainer.model_card()
 
 
-def load_data(recipe: Recipe, phase: str):
-    """The conversations of a phase, from the recipe's data set or rendered FrozenLake maps."""
-    if recipe.dataset is not None:
-        return load_conversations(recipe.dataset, **recipe.dataset_kwargs)
-    tasks = {"base": recipe.frozen_lake["base_tasks"], "answer_only": ["plan"]}.get(phase, ["plan_trace"])
-    maps = recipe.frozen_lake["base_maps" if phase == "base" else "maps"]
-    return frozen_lake_dataset(maps, tasks=tasks, split="train", seed=recipe.seed)
+def start(recipe: Recipe):
+    """The model and processor that training starts from."""
+    backbone = recipe.backbone or f"{recipe.output_dir}/backbone"
+    torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
+    options = {"latent_size": recipe.latent_size}
+    processor = ILVRProcessor.from_backbone(backbone, **options)
+    options |= {"latent_head": recipe.latent_head, **recipe.model_kwargs}
+    return ILVRForConditionalGeneration.from_backbone(backbone, **options), processor
 
 
 def load(recipe: Recipe, phase: str):
@@ -71,66 +76,35 @@ def load(recipe: Recipe, phase: str):
     return ILVRForConditionalGeneration.from_pretrained(folder, **recipe.model_kwargs)
 
 
-def train(recipe: Recipe, phase: str, model, processor) -> ILVRModelCard:
-    """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
-    print(f"\n=== {phase} ===", flush=True)
-    folder = f"{recipe.output_dir}/{phase}"
-    settings = {
-        "stage": 1 if phase == "stage1" else 2,
-        "seed": recipe.seed,
-        **recipe.training,
-        **getattr(recipe, phase),
-    }
-    trainer = ILVRTrainer(
-        model,
-        ILVRTrainingConfig(folder, **settings),
-        train_dataset=load_data(recipe, phase),
-        processing_class=processor,
-        peft_config=LoraConfig(**recipe.lora) if recipe.lora and not is_peft_model(model) else None,
-    )
-    state = Path(folder, "trainer_state.json")  # saved last
-    if recipe.resume and state.exists():
-        print("already trained", flush=True)
-        trainer.state = TrainerState.load_from_json(state)
-    else:
-        state.unlink(missing_ok=True)
-        trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(folder))
-        trainer.save_model()
-        trainer.save_state()
-    return trainer.model_card()
+def main(recipe: Recipe) -> None:
+    phases = phases_of(recipe)
+    task = None if recipe.task is None else load_task(recipe.task, **{"seed": recipe.seed, **recipe.task_settings})
+    loaded = None if recipe.dataset is None else load_conversations(recipe.dataset, **recipe.dataset_kwargs)
 
-
-def start(recipe: Recipe):
-    """The model and processor that training starts from."""
-    backbone = recipe.backbone
-    if backbone is None:
-        backbone = f"{recipe.output_dir}/backbone"
+    if recipe.backbone is None and PartialState().is_main_process:
         torch.manual_seed(recipe.seed)
-        build_small_qwen(backbone, vocabulary(), **recipe.small_backbone)
-    options = {"latent_size": recipe.latent_size}
-    processor = ILVRProcessor.from_backbone(backbone, **options)
-    options |= {"latent_head": recipe.latent_head, **recipe.model_kwargs}
-    return ILVRForConditionalGeneration.from_backbone(backbone, **options), processor
-
-
-def main(recipe: Recipe):
+        build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)
+    PartialState().wait_for_everyone()
     model, processor = start(recipe)
     cards = {}
-    if recipe.base:
-        # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
-        model.vlm.model.visual.patch_embed.requires_grad_(False)
-        cards["base"] = train(recipe, "base", model, processor)
-        model = load(recipe, "base")
-    if recipe.answer_only:
-        recipe.answer_only["max_steps"] = recipe.stage1["max_steps"] + recipe.stage2["max_steps"]
-        cards["answer_only"] = train(recipe, "answer_only", load(recipe, "base"), processor)
-    cards["stage1"] = train(recipe, "stage1", model, processor)
-    cards["stage2"] = train(recipe, "stage2", load(recipe, "stage1"), processor)
+    for phase, settings in phases.items():
+        before = "stage1" if phase == "stage2" else "base"
+        if before in cards:
+            model = load(recipe, before)
+        if phase == "base":
+            # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
+            model.vlm.model.visual.patch_embed.requires_grad_(False)
+        data = loaded if loaded is not None else task.dataset("train", FORMS[phase])
+        cards[phase] = train(phase, settings, data, model, processor, recipe)
+    if not PartialState().is_main_process:
+        return  # without a barrier, which an evaluation may well outlast
     if recipe.lora:
         load(recipe, "stage2").merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
         processor.save_pretrained(f"{recipe.output_dir}/merged")
-    if recipe.frozen_lake:
-        evaluate_frozen_lake(cards, processor, recipe)
+    if task is not None:
+        print("\n=== evaluation ===", flush=True)
+        forms = {phase: "trace" if phase.startswith("stage") else "answer" for phase in cards}
+        evaluate_checkpoints(task, cards, recipe.output_dir, forms=forms, reload_script=ANSWER, **recipe.evaluation)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """The model card of an ILVR checkpoint: data rendered by a template."""
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import httpx2  # by which huggingface_hub reads the Hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PACKAGES = ("ilvr", "torch", "transformers", "trl", "peft", "datasets")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclass
@@ -16,12 +20,17 @@ class Result:
     """One measured number.
 
     Args:
-        task (`str`): what was measured, such as `"FrozenLake planning, 3x3"`.
+        task (`str`): what was measured, such as `"FrozenLake planning 3x3"`.
         metric (`str`): its name, such as `"end_on_goal"`.
         value (`float`): between 0 and 1.
         count (`int`): number of samples.
         low, high (`float`, *optional*): 95 % interval.
-        dataset (`str`, *optional*): Hub id or name of the data.
+        dataset (`str`, *optional*, defaults to `task`): name of the data.
+        dataset_id (`str`, *optional*): Hub id of the data; `None` for data that is not on the Hub, whose type the
+            card's metadata then gives as `unknown`.
+        dataset_config (`str`, *optional*): part of the data, such as `"3x3"`. Results that agree in id, config and
+            split are one entry to the Hub, under the name of the first; without an id, `task` keeps them apart.
+        dataset_split (`str`, *optional*): such as `"test"`.
     """
 
     task: str
@@ -30,7 +39,37 @@ class Result:
     count: int
     low: float | None = None
     high: float | None = None
-    dataset: str = "frozen-lake"
+    dataset: str | None = None
+    dataset_id: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+
+    def to_eval_result(self) -> EvalResult:
+        """The entry of the card's metadata."""
+        return EvalResult(
+            task_type="image-text-to-text",
+            task_name=self.task,
+            dataset_type=self.dataset_id or "unknown",
+            dataset_name=self.dataset or self.task,
+            dataset_config=self.dataset_config or (None if self.dataset_id else self.task),
+            dataset_split=self.dataset_split,
+            metric_type=self.metric,
+            metric_name=self.metric,
+            metric_value=round(self.value, 4),
+        )
+
+
+@cache
+def license_of(base_model: str) -> dict[str, str]:
+    """What the card of a model on the Hub says of its license: `license`, `license_name` and `license_link`.
+
+    Empty if there is no such card, it names none, or the Hub is out of reach: none is better than a wrong one.
+    """
+    try:
+        data = ModelCard.load(base_model).data.to_dict()
+    except (httpx2.HTTPError, OSError, ValueError):
+        return {}
+    return {name: data[name] for name in LICENSE_FIELDS if data.get(name)}
 
 
 @dataclass
@@ -42,45 +81,38 @@ class ILVRModelCard:
         latent_size (`int`): K.
         repo_id (`str`, *optional*, defaults to `model_name`): what the code of the card loads.
         base_model (`str`, *optional*): Hub id of the backbone; `None` for one built from scratch.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights; that of the base model binds.
+        license (`str`, *optional*, defaults to that of the base model's card): of the weights; none is written if none
+            is known.
         dataset (`str`, *optional*): Hub id of the training data.
         training (`dict`, *optional*): settings, shown as a table.
         results (`list[Result]`, *optional*): measured numbers.
         example_prompt, example_image (`str`, *optional*): used in the code.
+        is_adapter (`bool`, *optional*, defaults to `False`): whether the checkpoint is a PEFT adapter of the backbone.
     """
 
     model_name: str
     latent_size: int
     repo_id: str | None = None
     base_model: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
     dataset: str | None = None
-    training: dict | None = None
+    training: dict[str, Any] | None = None
     results: list[Result] | None = None
     example_prompt: str = "What happens next in this picture?"
     example_image: str = "picture.png"
+    is_adapter: bool = False
 
     def render(self) -> ModelCard:
-        evaluated = [
-            EvalResult(
-                task_type="image-text-to-text",
-                task_name=result.task,
-                dataset_type=result.dataset,
-                dataset_name=result.dataset,
-                metric_type=result.metric,
-                metric_value=round(result.value, 4),
-            )
-            for result in self.results or []
-        ]
+        """The card as Markdown with its metadata."""
         data = ModelCardData(
-            library_name="transformers",
+            library_name="peft" if self.is_adapter else "transformers",
             pipeline_tag="image-text-to-text",
-            tags=["ilvr", "latent-visual-reasoning", "custom_code"],
-            license=self.license,
+            tags=["ilvr", "latent-visual-reasoning", "lora" if self.is_adapter else "custom_code"],
             base_model=self.base_model,
             datasets=self.dataset,
             model_name=self.model_name,
-            eval_results=evaluated or None,
+            eval_results=[result.to_eval_result() for result in self.results or []] or None,
+            **self._rights(),
         )
         return ModelCard.from_template(
             data,
@@ -93,8 +125,18 @@ class ILVRModelCard:
             results=self.results,
             example_prompt=self.example_prompt,
             example_image=self.example_image,
+            is_adapter=self.is_adapter,
             versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
         )
 
-    def save(self, folder: str | Path):
+    def _rights(self) -> dict[str, str]:
+        """Metadata that follows from the base model: the relation to it and, unless one is given, the license."""
+        rights = {"license": self.license} if self.license else {}
+        if self.base_model:
+            rights = rights or license_of(self.base_model)
+            return {**rights, "base_model_relation": "adapter" if self.is_adapter else "finetune"}
+        return rights
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the card as `README.md` into a folder."""
         self.render().save(Path(folder) / "README.md")

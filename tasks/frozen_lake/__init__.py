@@ -3,6 +3,9 @@
 from .board import FrozenLakeMap
 from .conversations import frozen_lake_dataset
 from .rendering import render_board
+from .task import FrozenLake, board_of
 
 
-__all__ = ["FrozenLakeMap", "frozen_lake_dataset", "render_board"]
+TASK = FrozenLake
+
+__all__ = ["FrozenLake", "FrozenLakeMap", "board_of", "frozen_lake_dataset", "render_board"]

@@ -6,9 +6,12 @@ An image in the assistant's turn is a helper image: the board after a move.
 import io
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset
+from PIL import Image as PILImage
+
+from ilvr.data.conversations import FEATURES, ConversationBuilder
 
 from .board import HOLE, MAX_SIZE, MOVES, FrozenLakeMap, sample_maps
 from .rendering import render_board
@@ -23,17 +26,6 @@ PROMPTS = {
     "plan_trace": "Plan a path to the goal. Think step by step.",
     "outcome": "Does this plan reach the goal (A), fall into a hole (B) or neither (C)? Plan: {plan}",
 }
-FEATURES = Features(
-    {
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-        ),
-        "images": List(Image()),
-        "task": Value("string"),
-        "board": List(Value("string")),
-        "answer": Value("string"),
-    }
-)
 
 
 def vocabulary() -> list[str]:
@@ -44,29 +36,14 @@ def vocabulary() -> list[str]:
     return [*PROMPTS.values(), cells, numbers, moves, "\\boxed{A} \\boxed{B} \\boxed{C}"]
 
 
-@dataclass
-class Trace:
-    """An assistant turn under construction: text, and images that stand for latent spans."""
-
-    parts: list
-    images: list
-
-    def text(self, text: str):
-        self.parts.append({"type": "text", "text": text})
-
-    def image(self, image):
-        self.parts.append({"type": "image", "text": None})
-        self.images.append(_png(image))
-
-
-def _png(image) -> dict:
+def _png(image: PILImage.Image, field: str) -> dict[str, Any]:
     """An encoded image as `datasets` stores it; level 1 takes half the time of the default, a third more space."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict:
+def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict[str, Any]:
     """One sample about one board.
 
     Args:
@@ -78,51 +55,48 @@ def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict:
         rng (`random.Random`): breaks ties between shortest paths and draws the plans of `outcome`.
 
     Returns:
-        `dict` with the columns of `FEATURES`; `answer` is that of the last question.
+        `dict` with the columns of `FEATURES`; `answer` is that of the last question, `metadata` holds task and board.
     """
-    messages, images = [], [_png(render_board(board))]
-    for name in task.split("+"):
+    builder = ConversationBuilder(_png)
+    for number, name in enumerate(task.split("+")):
         if name not in PROMPTS:
             raise ValueError(f"Unknown FrozenLake task {name!r}; choose from {list(PROMPTS)}.")
-        trace = Trace([], images)
-        prompt, answer = _answer(board, name, rng, trace)
-        question = [{"type": "text", "text": prompt}]
-        if not messages:
-            question.insert(0, {"type": "image", "text": None})
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": trace.parts}]
-    return {"messages": messages, "images": images, "task": task, "board": list(board.rows), "answer": answer}
+        plan, outcome = _plan_with_outcome(board, rng) if name == "outcome" else ("", "")
+        builder.add_turn("user", name)
+        if number == 0:
+            builder.add_image(render_board(board), "board")
+        builder.add_text(PROMPTS[name].format(plan=" ".join(plan)), name)
+        builder.add_turn("assistant", name)
+        if name == "outcome":
+            _append_walk(builder, board, plan)
+            answer = OUTCOMES[outcome]
+            builder.add_text(f"\\boxed{{{answer}}}", name)
+        elif name in ("plan", "plan_trace"):
+            plan = board.shortest_path(rng)
+            if name == "plan_trace":
+                _append_walk(builder, board, plan)
+            answer = " ".join(plan)
+            builder.add_text(f"\\boxed{{{answer}}}", name)
+        else:
+            answer = _cells(board, name, rng)
+            builder.add_text(answer, name)
+    return builder.finish({"task": task, "board": list(board.rows)}, set(), answer)
 
 
-def _answer(board: FrozenLakeMap, task: str, rng: random.Random, trace: Trace) -> tuple[str, str]:
-    """Writes the assistant's turn into `trace`; returns the question and the answer."""
-    prompt = PROMPTS[task]
-    if task in ("describe", "distances", "moves"):
-        cells = {
-            "describe": lambda cell: board[cell],
-            "distances": lambda cell: str(board.distances.get(cell, "-")),
-            "moves": lambda cell: rng.choice(board.best_moves(cell) or ["-"]),
-        }[task]
-        answer = "\n".join(" ".join(cells((r, c)) for c in range(board.size)) for r in range(board.size))
-        trace.text(answer)
-    elif task == "outcome":
-        plan, outcome = _plan_with_outcome(board, rng)
-        prompt = prompt.format(plan=" ".join(plan))
-        _append_walk(trace, board, plan)
-        answer = OUTCOMES[outcome]
-        trace.text(f"\\boxed{{{answer}}}")
-    else:
-        plan = board.shortest_path(rng)
-        if task == "plan_trace":
-            _append_walk(trace, board, plan)
-        answer = " ".join(plan)
-        trace.text(f"\\boxed{{{answer}}}")
-    return prompt, answer
+def _cells(board: FrozenLakeMap, task: str, rng: random.Random) -> str:
+    """What is asked about each cell, a line for each row."""
+    say = {
+        "describe": lambda cell: board[cell],
+        "distances": lambda cell: str(board.distances.get(cell, "-")),
+        "moves": lambda cell: rng.choice(board.best_moves(cell) or ["-"]),
+    }[task]
+    return "\n".join(" ".join(say((r, c)) for c in range(board.size)) for r in range(board.size))
 
 
-def _append_walk(trace: Trace, board: FrozenLakeMap, plan: str):
+def _append_walk(builder: ConversationBuilder, board: FrozenLakeMap, plan: str):
     for move, cell in zip(plan, board.walk(plan)[1:]):
-        trace.text(f" {move}")  # the token that the answer has
-        trace.image(render_board(board, cell, move))
+        builder.add_text(f" {move}", "move")  # the token that the answer has
+        builder.add_image(render_board(board, cell, move), "move")
 
 
 def _plan_with_outcome(board: FrozenLakeMap, rng: random.Random) -> tuple[str, str]:
@@ -162,7 +136,7 @@ def frozen_lake_dataset(
         max_plan_length (`int`, *optional*): leaves out maps whose goal is further away, for a curriculum.
 
     Returns:
-        `datasets.Dataset` with `messages`, `images`, `task`, `board` and `answer`.
+        `datasets.Dataset` with `messages`, `images` (encoded), `answer` and `metadata`.
 
     Raises:
         ValueError: for an unknown task or split, and if there are fewer distinct maps than asked for.
@@ -178,7 +152,14 @@ def frozen_lake_dataset(
     return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
 
 
-def _generate(maps_per_size, tasks, split, seed, max_hole_fraction, max_plan_length) -> Iterator[dict]:
+def _generate(
+    maps_per_size: dict[int, int],
+    tasks: tuple[str, ...],
+    split: str,
+    seed: int,
+    max_hole_fraction: float,
+    max_plan_length: int | None,
+) -> Iterator[dict[str, Any]]:
     for size, number in maps_per_size.items():
         boards = sample_maps(number, size=size, split=split, seed=seed, max_hole_fraction=max_hole_fraction)
         for index, board in enumerate(boards):

@@ -1,11 +1,28 @@
 """Metric, answers and pictures."""
 
+import json
+import subprocess
+import sys
 from statistics import NormalDist
 
+import numpy as np
 import pytest
+from helpers import make_sample
+from matplotlib.axes import Axes
 from PIL import Image
 
-from ilvr.evaluation import draw_latents, generate_answers, load_metric
+from ilvr.data import load_conversations
+from ilvr.evaluation import (
+    draw_curves,
+    draw_latents,
+    generate_answers,
+    load_metric,
+    patch_similarity,
+    score_table,
+    scores_by_group,
+)
+from ilvr.evaluation.generation import prompt_of
+from ilvr.tasks import load_task
 from ilvr.tasks.frozen_lake import frozen_lake_dataset
 
 
@@ -53,7 +70,7 @@ def test_sizes_and_intervals(metric):
 
 
 def test_unknown_metric():
-    with pytest.raises(ValueError, match="no metric 'chess'; choose one of \\['frozen_lake'\\]"):
+    with pytest.raises(ValueError, match="no metric 'chess'; choose one of \\['boxed_exact_match', 'frozen_lake'\\]"):
         load_metric("chess")
 
 
@@ -64,7 +81,98 @@ def test_answers_do_not_depend_on_the_batch(model, processor):
     assert len(together) == 5
 
 
-def test_picture(model, processor, tmp_path):
-    data = frozen_lake_dataset({3: 2}, tasks=["plan_trace"], split="test")
-    draw_latents(model, processor, data, tmp_path / "latents.png", max_spans=2, max_new_tokens=12)
+def test_questions_of_any_source(model, processor, image_root, tmp_path):
+    """Images that are not decoded, a system turn before the question, several images in it."""
+    row = {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be brief"}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Plan"}, {"type": "image"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Up"}, {"type": "image"}]},
+        ],
+        "images": ["board.png", "step 1.png", "board.png"],
+        "answer": "Up",
+    }
+    (image_root / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = load_conversations(str(image_root / "rows.jsonl"))
+    system, user = prompt_of(data[0])
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert [part["type"] for part in user["content"]] == ["image", "text", "image"]
+    for part, name in zip(user["content"][::2], ("board.png", "step 1.png")):
+        assert np.array_equal(part["image"], Image.open(image_root / name).convert("RGB"))
+    assert len(generate_answers(model, processor, data, max_new_tokens=4)) == 1
+
+
+def test_boxed_exact_match():
+    answers = ["so \\boxed{1} or \\boxed{ 7 }", "\\boxed{\\frac{1}{2}}", "7", "\\boxed{A  b}", "\\boxed{a}"]
+    references = ["7", "\\frac{1}{2}", "7", "A b", "A"]
+    result = load_metric("boxed_exact_match").compute(predictions=answers, references=references)
+    assert (result["accuracy"], result["invalid"], result["count"]) == (0.6, 0.2, 5)
+    assert 0.2 < result["accuracy_low"] < 0.6 < result["accuracy_high"] < 0.9
+
+
+def test_scores_and_their_table(metric):
+    answers, boards = ["\\boxed{RRDD}", "\\boxed{L}", "R D"], [BOARD, BOARD, ["SF", "FG"]]
+    lake = metric.compute(predictions=answers, references=boards)
+    scores = scores_by_group(lake)
+    assert list(scores) == ["", "2x2", "3x3"] and (scores["3x3"].value, scores["3x3"].count) == (0.5, 2)
+    head, _, row = score_table({"model": lake}).splitlines()
+    assert head == "| model | 2x2 | 3x3 | invalid |"
+    assert row == f"| model | {scores['2x2']} | 50.0 % (9.5 – 90.5) | 33.3 % |"
+    boxed = load_metric("boxed_exact_match").compute(predictions=["\\boxed{7}"], references=["7"])
+    assert score_table({"m": boxed}).startswith("| model | accuracy | invalid |")
+    with pytest.raises(ValueError, match="no f1_low and f1_high"):
+        scores_by_group({"f1": 0.5, "count": 3})
+
+
+def test_picture_of_a_board_after_each_move(model, processor, tmp_path):
+    task = load_task("frozen_lake", maps={3: 1}, test_maps={3: 2})
+    pictured = []
+
+    def draw(sample, answer):
+        pictured.append(sample["metadata"])
+        return task.draw(sample, "R D \\boxed{R D}")
+
+    data = task.dataset("test")
+    options = {"max_spans": 2, "max_new_tokens": 12, "is_right": lambda *_: True}
+    draw_latents(model, processor, data, tmp_path / "latents.png", draw=draw, **options)
     assert Image.open(tmp_path / "latents.png").width > 200
+    assert pictured == data["metadata"][:]
+
+
+def test_similarity_of_latents_and_the_patches_of_an_oblong_image(model, processor, tmp_path):
+    """A latent that is the feature of a patch resembles that patch most, wherever it is in the image."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
+    inputs = processor.image_processor([image], return_tensors="pt")
+    features = model.get_image_features(**inputs, return_dict=True).pooler_output[0]  # 2 x 4 tokens of 16 pixels
+    found = patch_similarity(model, processor, image, features[[1, 6]])
+    assert found.shape == (2, 2, 4)
+    assert [np.unravel_index(scores.argmax(), (2, 4)) for scores in found] == [(0, 1), (1, 2)]
+    sample = make_sample(["x"]) | {"images": [image]}
+    draw_latents(model, processor, [sample], tmp_path / "latents.png", max_new_tokens=12)
+    assert Image.open(tmp_path / "latents.png").width > 200
+
+
+def test_curves_of_runs_one_after_another(tmp_path, monkeypatch):
+    drawn = {}
+    semilogy = Axes.semilogy
+    monkeypatch.setattr(
+        Axes, "semilogy", lambda axis, x, y, **k: drawn.update({k["label"]: x}) or semilogy(axis, x, y, **k)
+    )
+    for name, steps in (("one", 3), ("two", 2)):
+        log = [{"step": step, "ce_loss": 1.0 / step} for step in range(1, steps + 1)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"global_step": steps, "log_history": log}))
+    draw_curves({name: tmp_path / f"{name}.json" for name in ("one", "two")}, tmp_path / "curves.png")
+    assert drawn == {"one": (1, 2, 3), "two": (4, 5)}
+    assert Image.open(tmp_path / "curves.png").width > 500
+
+
+def test_the_import_leaves_matplotlib_as_it_is():
+    """A notebook's own plots go on as before."""
+    script = """
+import matplotlib, sys
+matplotlib.rcParams["backend"] = "svg"
+import ilvr.evaluation
+assert matplotlib.rcParams["backend"] == "svg" and "matplotlib.pyplot" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

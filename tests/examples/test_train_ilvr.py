@@ -1,18 +1,24 @@
 """The examples: the main job end to end on a tiny model, and the recipes."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import train_ilvr
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from helpers import make_image
+from recipe import Recipe, phases_of
 from transformers import Qwen2_5_VLConfig
 from trl import TrlParser
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration
-from ilvr.trainer import ILVRTrainingConfig
 from ilvr.trainer.ilvr_trainer import freeze_vision_tower
 
 
@@ -22,13 +28,8 @@ SMALL = yaml.safe_load((RECIPES / "frozen_lake_small.yaml").read_text())
 TINY = {
     **SMALL,
     "small_backbone": {"hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32, "vision_layers": 1},
-    "frozen_lake": {
-        **SMALL["frozen_lake"],
-        "base_maps": {3: 4},
-        "maps": {3: 4},
-        "test_maps": {3: 3},
-        "batch_size": 3,
-    },
+    "task_settings": {**SMALL["task_settings"], "base_maps": {3: 4}, "maps": {3: 4}, "test_maps": {3: 3}},
+    "evaluation": {**SMALL["evaluation"], "batch_size": 3},
     "training": {**SMALL["training"], "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True},
     **{phase: {**SMALL[phase], "max_steps": steps} for phase, steps in (("base", 2), ("stage1", 1), ("stage2", 1))},
 }
@@ -56,13 +57,33 @@ def test_the_main_job(tmp_path, capfd):
     assert "the same 3 answers" in capfd.readouterr().out
 
 
+def test_the_main_job_in_two_processes(tmp_path):
+    """The script itself: each phase reads what process 0 wrote of the one before; one process evaluates and prints."""
+    training = {**TINY["training"], "per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+    recipe_file = tmp_path / "tiny.yaml"
+    recipe_file.write_text(yaml.safe_dump({**TINY, "training": training, "output_dir": str(tmp_path / "run")}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, train_ilvr.__file__, "--config", str(recipe_file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
+    for heading in ("=== stage1 ===", "=== stage2 ===", "=== evaluation ===", "the same 3 answers"):
+        assert done.stdout.count(heading) == 1, heading
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["stage2"]["count"] == 3
+    assert (tmp_path / "run" / "latents.png").exists()
+
+
 def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Finished phases are not trained again; the one that was cut off goes on from its last whole checkpoint."""
     recipe_file = tmp_path / "tiny.yaml"
     training = {**TINY["training"], "save_strategy": "steps", "save_steps": 1}
     phases = {"training": training, "answer_only": {}, "stage2": {"max_steps": 3}}
     recipe_file.write_text(yaml.safe_dump({**TINY, **phases, "output_dir": str(tmp_path / "run")}))
-    monkeypatch.setattr(train_ilvr, "evaluate_frozen_lake", lambda *_: None)
+    monkeypatch.setattr(train_ilvr, "evaluate_checkpoints", lambda *_, **__: None)
     train_ilvr.main(parse(recipe_file))
     stage2 = tmp_path / "run" / "stage2"
     expected = (stage2 / "model.safetensors").read_bytes()
@@ -87,13 +108,13 @@ def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_parse_and_every_phase_is_valid(path, tmp_path):
-    recipe = parse(path, "--output_dir", str(tmp_path))
-    assert recipe.output_dir == str(tmp_path)
-    for phase in ("base", "answer_only", "stage1", "stage2"):
-        settings = {**recipe.training, **getattr(recipe, phase)}
-        # bf16 on a machine without it is for the machine to refuse.
-        args = ILVRTrainingConfig(str(tmp_path), stage=1 if phase == "stage1" else 2, **{**settings, "bf16": False})
-        assert args.learning_rate > 0
+    recipe = parse(path, "--output_dir", str(tmp_path), "--dataset", "some/dataset")
+    recipe.training["bf16"] = False  # for the machine to refuse that has it not
+    phases = phases_of(recipe)
+    assert list(phases)[-2:] == ["stage1", "stage2"] and len(phases) in (2, 4)
+    for phase, settings in phases.items():
+        assert settings["stage"] == (1 if phase == "stage1" else 2)
+        assert settings["output_dir"] == f"{tmp_path}/{phase}"
 
 
 ROWS = [
@@ -165,3 +186,41 @@ def test_a_recipe_with_an_unknown_field_is_refused(tmp_path):
     (tmp_path / "typo.yaml").write_text("latent_sise: 4\n")
     with pytest.raises(ValueError, match="latent_sise"):
         parse(tmp_path / "typo.yaml")
+
+
+def test_a_wrong_argument_of_a_late_phase_is_found_before_the_first(tmp_path, monkeypatch):
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump({**TINY, "stage2": {"max_steps": 1, "learing_rate": 1.0}}))
+    monkeypatch.setattr(train_ilvr, "train", lambda *_: pytest.fail("a phase was trained"))
+    with pytest.raises(ValueError, match="stage2 .*learing_rate"):
+        train_ilvr.main(parse(tmp_path / "typo.yaml", "--output_dir", str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(), "nothing to train on.*frozen_lake_small.yaml, .*qwen2_5_vl_7b.yaml.*--dataset"),
+        (Recipe(dataset="rows.jsonl"), "Without a task .* Name a --backbone"),
+        (Recipe(task="frozen_lake", answer_only={"seed": 1}), "`answer_only` continues `base`"),
+    ],
+)
+def test_recipes_that_name_too_little_are_refused(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        train_ilvr.main(recipe)
+
+
+NAME_THEIR_LAYERS = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "idefics3", "internvl"]
+
+
+@pytest.mark.parametrize("backbone_name", NAME_THEIR_LAYERS, indirect=True, scope="session")
+def test_fsdp2_shards_the_layers_that_a_backbone_names(backbone_dir):
+    """The shipped config names no class of layers: accelerate takes the model's `_no_split_modules`."""
+    settings = yaml.safe_load((RECIPES.parent / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert "fsdp_transformer_layer_cls_to_wrap" not in settings
+    policy = settings["fsdp_auto_wrap_policy"]
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=settings["fsdp_version"], auto_wrap_policy=policy)
+    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3)
+    wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    layers = [
+        module for name, module in model.named_modules() if re.search(r"(language|text)_model\.layers\.\d+$", name)
+    ]
+    assert len(layers) == 2 and all(wraps(layer) for layer in layers)

@@ -1,12 +1,15 @@
 """Publishing: the card, and push and load with the real client against a local server."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import yaml
 from helpers import NO_ILVR, encode, make_sample, make_trainer
 from hub_server import HubServer
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig
 
 from ilvr.hub_cards import ILVRModelCard, Result
@@ -32,8 +35,56 @@ def test_card_of_measured_results():
     )
     assert "| learning rate | 1e-05 |" in card.text and '"lab/ilvr-7b", trust_remote_code=True' in card.text
     matter = front_matter(str(card))
-    assert matter["pipeline_tag"] == "image-text-to-text" and matter["license"] == "apache-2.0"
+    assert matter["pipeline_tag"] == "image-text-to-text" and "license" not in matter
     assert matter["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.815
+
+
+def test_results_keep_their_names_on_the_hub():
+    """huggingface_hub reads two results of one data set, config and split as one, under the name of the first."""
+    results = [
+        Result(
+            f"Planning {size}", "end_on_goal", value, 9, dataset="Planning", dataset_config=size, dataset_split="test"
+        )
+        for size, value in (("3x3", 0.9), ("4x4", 0.5))
+    ]
+    results += [Result("Counting", "accuracy", 0.3, 9), Result("Naming", "accuracy", 0.4, 9)]
+    matter = front_matter(str(ILVRModelCard(model_name="m", latent_size=2, results=results).render()))
+    _, read = model_index_to_eval_results(matter["model-index"])
+    assert {(r.task_name, r.metric_value) for r in read} == {(r.task, r.value) for r in results}
+    assert (read[1].dataset_name, read[1].dataset_config, read[1].dataset_split) == ("Planning", "4x4", "test")
+    assert {r.dataset_type for r in read} == {"unknown"}  # none of them is on the Hub
+
+
+def test_card_of_an_adapter():
+    card = ILVRModelCard(
+        model_name="a", latent_size=2, repo_id="lab/a", base_model="none/such", license="mit", is_adapter=True
+    ).render()
+    assert card.data.library_name == "peft" and card.data.to_dict()["base_model_relation"] == "adapter"
+    assert card.data.license == "mit" and "pip install ilvr" in card.text and "trust_remote_code" not in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert 'ILVRForConditionalGeneration.from_pretrained("lab/a")' in code
+
+
+def test_card_of_a_finetuned_model_has_the_license_of_its_base(tmp_path):
+    """Read from the base model's card; nothing where there is no such card, and nothing without the Hub."""
+    terms = {"license": "other", "license_name": "qwen-research", "license_link": "https://x.org/LICENSE"}
+    server = HubServer()
+    server.repos["lab/base"] = {"README.md": f"---\n{yaml.safe_dump(terms)}---\n# Base\n".encode()}
+    server.repos["lab/bare"] = {"config.json": b"{}"}
+    script = """
+import json
+from ilvr.hub_cards import ILVRModelCard
+for base in ("lab/base", "lab/bare", "lab/missing", "not a repo id/at/all"):
+    print(json.dumps(ILVRModelCard(model_name="m", latent_size=2, base_model=base).render().data.to_dict()))
+"""
+    with server as url:
+        cards = [json.loads(line) for line in run_clean(script, url, tmp_path / "home").splitlines()]
+    assert {name: cards[0][name] for name in terms} == terms
+    assert all(card["base_model_relation"] == "finetune" for card in cards)
+    assert not any(name in card for card in cards[1:] for name in terms)
+    out_of_reach = run_clean(script, "http://127.0.0.1:9", tmp_path / "other").splitlines()
+    assert "license" not in json.loads(out_of_reach[0])
 
 
 def test_card_without_results_says_so():
@@ -54,7 +105,7 @@ def test_every_checkpoint_has_a_card_and_its_code_runs(model, processor, tmp_pat
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "assistant" in done.stdout
+    assert "assistant" not in done.stdout and "What happens next" not in done.stdout  # the answer, without the prompt
 
 
 def run_clean(script: str, url: str, home) -> str:
@@ -134,14 +185,12 @@ processor = AutoProcessor.from_pretrained("user/tiny-ilvr", trust_remote_code=Tr
 def test_the_trainer_pushes_itself(model, processor, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
+    tests = Path(__file__).parents[1]
     script = f"""
 import sys
-sys.path[:0] = {[str(p) for p in (os.path.dirname(__file__), os.path.dirname(__file__) + "/../examples")]!r}
-os_environ = __import__("os").environ
-os_environ.pop("HF_HUB_OFFLINE")
-import huggingface_hub.constants
-huggingface_hub.constants.HF_HUB_OFFLINE = False
+sys.path[:0] = {[str(tests), str(tests.parent / "examples")]!r}
 from datasets import Dataset, Image, List
+from helpers import make_sample
 from ilvr import *
 from ilvr.trainer import *
 folder = {str(tmp_path / "model")!r}

@@ -1,5 +1,6 @@
 """FrozenLake: pixels, rules, splits, conversations."""
 
+import hashlib
 import json
 import os
 import random
@@ -13,7 +14,10 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-from ilvr.tasks.frozen_lake import FrozenLakeMap, frozen_lake_dataset, render_board
+from ilvr.data import load_conversations
+from ilvr.data.images import open_image
+from ilvr.tasks import Task, load_task
+from ilvr.tasks.frozen_lake import FrozenLake, FrozenLakeMap, board_of, frozen_lake_dataset, render_board
 from ilvr.tasks.frozen_lake.board import MOVES, sample_map, sample_maps
 from ilvr.tasks.frozen_lake.conversations import PROMPTS, conversation
 from ilvr.tasks.frozen_lake.rendering import render_with_gymnasium
@@ -109,7 +113,7 @@ def test_a_seed_fixes_everything():
     one, two = (frozen_lake_dataset({3: 4, 4: 2}, **settings, seed=5) for _ in range(2))
     other = frozen_lake_dataset({3: 4, 4: 2}, **settings, seed=6)
     assert one.to_dict() == two.to_dict() != other.to_dict()
-    assert [len(board) for board in one["board"]] == [3] * 8 + [4] * 4
+    assert [board_of(sample).size for sample in one] == [3] * 8 + [4] * 4
 
 
 def test_saved_and_loaded_with_its_images(tmp_path):
@@ -117,12 +121,66 @@ def test_saved_and_loaded_with_its_images(tmp_path):
     data.save_to_disk(tmp_path)
     loaded = load_from_disk(tmp_path)
     for sample, reloaded in zip(data, loaded):
-        board = FrozenLakeMap(tuple(reloaded["board"]))
+        board = board_of(reloaded)
         walk = board.walk(reloaded["answer"].replace(" ", ""))
-        assert len(reloaded["images"]) == len(sample["images"]) == len(walk)
-        assert np.array_equal(reloaded["images"][0], render_board(board))
+        images = [open_image(image, "images") for image in reloaded["images"]]
+        assert len(images) == len(sample["images"]) == len(walk)
+        assert np.array_equal(images[0], render_board(board))
         last_move = reloaded["answer"][-1]
-        assert np.array_equal(reloaded["images"][-1], render_board(board, walk[-1], last_move))
+        assert np.array_equal(images[-1], render_board(board, walk[-1], last_move))
+
+
+def test_saved_samples_are_conversations_like_any_other(tmp_path):
+    """`load_conversations` takes what was saved, and changes nothing."""
+    data = frozen_lake_dataset({3: 2}, tasks=["plan_trace", "plan+moves"], split="train")
+    data.save_to_disk(tmp_path)
+    loaded = load_conversations(str(tmp_path))
+    assert loaded.features == data.features
+    for name in ("messages", "images", "answer"):
+        assert loaded[name][:] == data[name][:]
+
+
+def test_the_rows_are_those_that_the_published_results_were_trained_on():
+    """Words, images and order of a seed; the pixels are those of gymnasium, see above."""
+    data = frozen_lake_dataset({3: 3, 4: 2}, tasks=["plan_trace", "outcome", "plan+moves"], split="train", seed=7)
+    words = [
+        [message["role"], part["text"]] for row in data for message in row["messages"] for part in message["content"]
+    ]
+    digest = hashlib.sha256(json.dumps([words, data["answer"][:]]).encode()).hexdigest()
+    assert (len(data), digest[:16]) == (15, "983a74511c6d2cea")
+
+
+def test_load_task():
+    task = load_task("frozen_lake", maps={3: 4}, test_maps={3: 3, 4: 2}, seed=1)
+    assert isinstance(task, FrozenLake) and isinstance(load_task(f"{__name__}:Other", n=2), Other)
+    trace, plan = task.dataset("test"), task.dataset("test", "answer")
+    assert [task.reference(s) for s in trace] == [task.reference(s) for s in plan]  # the same questions
+    assert [task.group(s) for s in trace] == ["3x3"] * 3 + ["4x4"] * 2
+    assert len(task.dataset("train")) == 4 and any("goal" in text for text in task.texts())
+    moves = trace[0]["answer"].split()
+    pictures = task.draw(trace[0], " ".join(moves) + " \\boxed{U}")
+    assert [caption for caption, _ in pictures] == [f"after {move}" for move in moves]
+    assert np.array_equal(pictures[-1][1], open_image(trace[0]["images"][-1], "last"))
+    with pytest.raises(ValueError, match="no form 'base' of the split 'test'"):
+        task.dataset("test", "base")
+    for name in ("chess", "no.such.module:Task", f"{__name__}:Missing"):
+        with pytest.raises(ValueError, match="There is no task .*package.module:Class"):
+            load_task(name)
+
+
+class Other(Task):
+    """A task from elsewhere, with what it must have and no more."""
+
+    title, metric, prompt = "Other", "boxed_exact_match", "What?"
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def dataset(self, split, form="trace"):
+        return frozen_lake_dataset({3: self.n}, tasks=["plan"], split=split)
+
+    def texts(self):
+        return ["What?"]
 
 
 def test_rules_of_the_walk():
@@ -157,7 +215,7 @@ def test_outcomes_are_balanced_and_true():
     assert min(counts.values()) > 25
     start = PROMPTS["outcome"].split("{plan}")[0]
     for sample in data.remove_columns("images"):
-        board = FrozenLakeMap(tuple(sample["board"]))
+        board = board_of(sample)
         plan = sample["messages"][0]["content"][1]["text"].removeprefix(start).replace(" ", "")
         assert set(plan) <= set(MOVES)
         last = board.walk(plan)[-1]

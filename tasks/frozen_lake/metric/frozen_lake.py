@@ -5,6 +5,8 @@ import re
 import datasets
 import evaluate
 
+from ilvr.evaluation.intervals import wilson_interval
+
 
 _DESCRIPTION = """
 Scores plans for FrozenLake boards under the two rules in use, which are never to be mixed:
@@ -61,16 +63,6 @@ def follow(board: list[str], plan: str) -> tuple[bool, bool]:
     return board[row][column] == "G", reached
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a proportion, 95 % by default (Wilson 1927)."""
-    if count == 0:
-        return 0.0, 1.0
-    rate = successes / count
-    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * (rate * (1 - rate) / count + z**2 / (4 * count**2)) ** 0.5 / (1 + z**2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def _scores(rows: list[tuple[bool, bool, bool]], suffix: str = "") -> dict[str, float]:
     count = len(rows)
     ended, hit, invalid = (sum(column) for column in zip(*rows))
@@ -88,7 +80,7 @@ def _scores(rows: list[tuple[bool, bool, bool]], suffix: str = "") -> dict[str, 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class FrozenLake(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -101,7 +93,7 @@ class FrozenLake(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         rows = []
         for text, board in zip(predictions, references):
             plan = parse_plan(text)

@@ -1,0 +1,133 @@
+"""What a run reports of its checkpoints: scores, a table, model cards, pictures, and a reload in a fresh process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.hub_cards import ILVRModelCard, Result
+from ilvr.tasks import Task
+
+from .generation import generate_answers
+from .metrics import load_metric, scores_by_group
+from .pictures import draw_curves, draw_latents
+
+
+def evaluate_checkpoints(
+    task: Task,
+    cards: dict[str, ILVRModelCard],
+    folder: str | Path,
+    *,
+    forms: dict[str, str],
+    reload_script: str | Path | None = None,
+    batch_size: int = 64,
+    **generate_kwargs: Any,
+) -> dict[str, dict[str, float]]:
+    """Scores checkpoints on the same test questions; writes results, their table, cards, curves and a picture.
+
+    Args:
+        task ([`~ilvr.tasks.Task`]): asks and scores.
+        cards (`dict[str, ILVRModelCard]`): by name of a checkpoint, which is the folder that it lies in; the last is
+            pictured and reloaded.
+        folder (`str` or `Path`): holds the checkpoints; the report is written here.
+        forms (`dict[str, str]`): by name, the form of the questions: `trace` or `answer`.
+        reload_script (`str` or `Path`, *optional*): called with checkpoint, data set and output, answers in a fresh
+            process; none: no reload. `examples/generate_answers.py` is one.
+        batch_size (`int`, *optional*, defaults to 64): questions answered at once.
+        generate_kwargs: passed to `generate`.
+
+    Returns:
+        `dict`: what the metric found, by checkpoint.
+
+    Raises:
+        RuntimeError: if the reloaded model answers otherwise.
+    """
+    folder, metric = Path(folder), load_metric(task.metric)
+
+    def score(samples: Iterable[dict[str, Any]], answers: list[str]) -> dict[str, float]:
+        return metric.compute(predictions=answers, references=[task.reference(sample) for sample in samples])
+
+    processor = ILVRProcessor.from_pretrained(folder / next(reversed(cards)))
+    tests = {form: task.dataset("test", form) for form in sorted({forms[name] for name in cards})}
+    results = {}
+    for name, card in cards.items():
+        model, test = ILVRForConditionalGeneration.from_pretrained(folder / name), tests[forms[name]]
+        options = {"batch_size": batch_size, "desc": f"Testing {name}", **generate_kwargs}
+        answers = generate_answers(model, processor, test, **options)
+        results[name] = score(test.remove_columns("images"), answers)
+        _fill(card, task, results[name]).save(folder / name)
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    table = score_table(results)
+    (folder / "results.md").write_text(table)
+    print(f"\n{table}")
+
+    draw_curves({name: folder / name / "trainer_state.json" for name in cards}, folder / "curves.png")
+    few = test.select(_first_of_each(task, test, 2))
+    draw_latents(
+        *(model, processor, few, folder / "latents.png"),
+        draw=task.draw,
+        is_right=lambda sample, answer: scores_by_group(score([sample], [answer]))[""].value == 1,
+        **generate_kwargs,
+    )
+    print(f"Latents of {name} drawn to {folder / 'latents.png'}")
+    if reload_script is not None:
+        some = test.select(_first_of_each(task, test, 16))
+        answers = generate_answers(model, processor, some, batch_size=len(some), desc="Here", **generate_kwargs)
+        _check_reload(folder, name, some, answers, reload_script)
+    return results
+
+
+def score_table(results: dict[str, dict[str, float]]) -> str:
+    """A Markdown table with a row for each model and a column for each group of samples, or one for all."""
+    scores = {name: scores_by_group(result) for name, result in results.items()}
+    groups = [group for group in next(iter(scores.values())) if group] or [""]
+    headings = ["model", *(group or next(iter(next(iter(results.values())))) for group in groups), "invalid"]
+    lines = [headings, ["---"] * len(headings)]
+    for name, found in scores.items():
+        lines.append([name, *(str(found[group]) for group in groups), f"{100 * results[name]['invalid']:.1f} %"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _fill(card: ILVRModelCard, task: Task, result: dict[str, float]) -> ILVRModelCard:
+    """Writes the results into a card, one for each group of samples."""
+    scores = scores_by_group(result)
+    card.results = [
+        Result(
+            *(f"{task.title} {group}".strip(), score.name, score.value, score.count, score.low, score.high),
+            dataset=task.title,
+            dataset_config=group or None,
+            dataset_split="test",
+        )
+        for group, score in scores.items()
+        if group or len(scores) == 1
+    ]
+    card.example_prompt = task.prompt
+    return card
+
+
+def _first_of_each(task: Task, dataset: Dataset, number: int) -> list[int]:
+    """Indices of the first few samples of each group."""
+    found: dict[str, list[int]] = {}
+    for index, sample in enumerate(dataset.remove_columns("images")):
+        own = found.setdefault(task.group(sample), [])
+        if len(own) < number:
+            own.append(index)
+    return sorted(index for own in found.values() for index in own)
+
+
+def _check_reload(folder: Path, name: str, dataset: Dataset, expected: list[str], script: str | Path) -> None:
+    """Answers of a fresh process, which loads the folder with `trust_remote_code=True`, equal those of this one."""
+    dataset.save_to_disk(folder / "reload_check")
+    output = folder / "reload_check.json"
+    command = [sys.executable, str(script), str(folder / name), str(folder / "reload_check"), str(output)]
+    subprocess.run(command, check=True)
+    reloaded = json.loads(output.read_text())
+    if reloaded != expected:
+        different = sum(a != b for a, b in zip(reloaded, expected))
+        raise RuntimeError(f"{different} of {len(expected)} answers of the reloaded model differ: see {output}.")
+    print(f"Reloaded in a fresh process with trust_remote_code=True: the same {len(expected)} answers.")

@@ -1,0 +1,60 @@
+"""Metrics by name, and what they found as scores of groups of samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import evaluate
+
+import ilvr.tasks
+
+
+_GENERAL = {path.stem: path for path in [Path(__file__).parent / "boxed_exact_match.py"]}
+_OF_TASKS = {path.parts[-3]: path for path in Path(ilvr.tasks.__file__).parent.glob("*/metric/[!_]*.py")}
+METRICS = {**_GENERAL, **_OF_TASKS}
+
+
+def load_metric(name: str) -> evaluate.Metric:
+    """Loads one of this package's `evaluate` metrics, such as `"frozen_lake"`; works offline.
+
+    Raises:
+        ValueError: if there is no metric of this name.
+    """
+    if name not in METRICS:
+        raise ValueError(f"There is no metric {name!r}; choose one of {sorted(METRICS)}.")
+    return evaluate.load(str(METRICS[name]))
+
+
+@dataclass(frozen=True)
+class Score:
+    """The rate that a metric is named for, over one group of samples, with its 95 % interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} – {100 * self.high:.1f})"
+
+
+def scores_by_group(result: dict[str, float]) -> dict[str, Score]:
+    """The scores in a metric's result, by group of samples; the group `""` holds all of them, and comes first.
+
+    Args:
+        result (`dict[str, float]`): the first key is the name of the score; its interval has `_low` and `_high` after
+            the name, and the number of samples is `count`. The keys of a group have its name at the end: `count_3x3`.
+
+    Raises:
+        ValueError: if a result has no interval.
+    """
+    name = next(iter(result))
+    groups = [key.removeprefix(f"{name}_low") for key in result if key.startswith(f"{name}_low")]
+    if not groups:
+        raise ValueError(f"The result has {name}, but no {name}_low and {name}_high. Add its interval to the metric.")
+    return {
+        end.removeprefix("_"): Score(
+            name, *(result[f"{key}{end}"] for key in (name, f"{name}_low", f"{name}_high")), int(result[f"count{end}"])
+        )
+        for end in groups
+    }

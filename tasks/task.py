@@ -1,0 +1,85 @@
+"""A task: questions with known answers, a metric, and pictures of what is meant."""
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from typing import Any
+
+from datasets import Dataset
+from PIL import Image
+
+
+class Task(ABC):
+    """Questions about pictures whose answers are known; a folder in `tasks/`, or a class of one's own.
+
+    A question comes in several forms, which differ in what the assistant says, not in what is asked for:
+    `trace` (words and helper images, then the answer), `answer` (the answer alone, for the control) and `base` (what
+    teaches a small backbone to see, of the training split only).
+
+    Three things have no place here yet: conversations that differ from arm to arm of an experiment, the answer that
+    another sample's latents should lead to, and the patch that a latent should follow. They would be further forms of
+    `dataset`, and columns of its `metadata`.
+    """
+
+    title: str  # of its results, such as "FrozenLake planning"
+    metric: str  # for `ilvr.evaluation.load_metric`
+    prompt: str  # an example of a question, for a model card
+
+    @abstractmethod
+    def dataset(self, split: str, form: str = "trace") -> Dataset:
+        """The samples of a split in one form.
+
+        Args:
+            split (`str`): `train` or `test`.
+            form (`str`, *optional*, defaults to `"trace"`): `trace`, `answer` or `base`.
+
+        Returns:
+            `Dataset` with the columns of [`~ilvr.data.load_conversations`]. Tests of all forms have the same order.
+        """
+
+    @abstractmethod
+    def texts(self) -> list[str]:
+        """Texts that hold every word of the task, to train the tokenizer of a small backbone on."""
+
+    def reference(self, sample: dict[str, Any]) -> Any:
+        """What the metric compares an answer to a sample with; the right answer by default."""
+        return sample["answer"]
+
+    def group(self, sample: dict[str, Any]) -> str:
+        """The group of a sample, such as the size of its board; results are pictured for each. One by default."""
+        return ""
+
+    def draw(self, sample: dict[str, Any], answer: str) -> list[tuple[str, Image.Image]]:
+        """What the spans of an answer are about, in their order: a caption and a picture of each, to lay latents over.
+
+        The question's own image is taken for spans that this leaves out, which by default are all.
+        """
+        return []
+
+
+def load_task(name: str, **settings: Any) -> Task:
+    """A task by name, with its settings.
+
+    Args:
+        name (`str`): a folder of `ilvr.tasks`, such as `"frozen_lake"`, or `"package.module:Class"`.
+        settings: arguments of its class.
+
+    Raises:
+        ValueError: if there is no such task.
+
+    Example:
+
+    ```python
+    >>> task = load_task("frozen_lake", maps={3: 1000}, test_maps={3: 500})
+    >>> train, test = task.dataset("train"), task.dataset("test")
+    ```
+    """
+    module, _, cls = (name if ":" in name else f"ilvr.tasks.{name}:TASK").partition(":")
+    try:
+        cls = getattr(import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the task itself needs
+        raise ValueError(
+            f"There is no task {name!r}: {error}. Name a folder of ilvr.tasks, or a class as 'package.module:Class'."
+        ) from error
+    return cls(**settings)
