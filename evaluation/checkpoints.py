@@ -50,7 +50,8 @@ def evaluate_checkpoints(
     folder, metric = Path(folder), load_metric(task.metric)
 
     def score(samples: Iterable[dict[str, Any]], answers: list[str]) -> dict[str, float]:
-        return metric.compute(predictions=answers, references=[task.reference(sample) for sample in samples])
+        found = metric.compute(predictions=answers, references=[task.reference(sample) for sample in samples])
+        return found or {}
 
     processor = ILVRProcessor.from_pretrained(folder / next(reversed(cards)))
     tests = {form: task.dataset("test", form) for form in sorted({forms[name] for name in cards})}

@@ -7,31 +7,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.data.images import open_image
-
-
-def prompt_of(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a sample before its first answer as a conversation, its images opened and filled in.
-
-    Args:
-        sample (`dict`): with `messages` and `images`, which may be decoded or not.
-
-    Raises:
-        ValueError: if an image cannot be opened.
-    """
-    images, prompt = iter(enumerate(sample["images"])), []
-    for message in sample["messages"]:
-        if message["role"] == "assistant":
-            break
-        parts = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                number, image = next(images)
-                parts.append({"type": "image", "image": open_image(image, f"images[{number}]")})
-            else:
-                parts.append(part)
-        prompt.append({"role": message["role"], "content": parts})
-    return prompt
+from ilvr.data import prompt_of
 
 
 @torch.inference_mode()

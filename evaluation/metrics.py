@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import evaluate
 
@@ -21,7 +22,7 @@ def load_metric(name: str) -> evaluate.Metric:
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; choose one of {sorted(METRICS)}.")
-    return evaluate.load(str(METRICS[name]))
+    return cast(evaluate.Metric, evaluate.load(str(METRICS[name])))
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data import prompt_of
 from ilvr.data.conversations import last_boxed
 from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
 from ilvr.trainer.watching.selection_pictures import token_grid
 
-from .generation import answer_with_latents, prompt_of
+from .generation import answer_with_latents
 
 
 Draw = Callable[[dict[str, Any], str], list[tuple[str, Image.Image]]]
@@ -102,7 +103,7 @@ def draw_latents(
     for line, (sample, answer, latents) in zip(axes, rows):
         question = _first_image(sample)
         line[0].imshow(question)
-        mark = {None: "", True: "  right", False: "  wrong"}[is_right and bool(is_right(sample, answer))]
+        mark = "" if is_right is None else "  right" if is_right(sample, answer) else "  wrong"
         box = last_boxed(answer)
         line[0].set_title(("no answer" if box is None else _shorten(box)) + mark, fontsize=8)
         meant = draw(sample, answer) if draw else []

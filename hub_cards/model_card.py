@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2  # by which huggingface_hub reads the Hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -112,7 +112,7 @@ class ILVRModelCard:
             datasets=self.dataset,
             model_name=self.model_name,
             eval_results=[result.to_eval_result() for result in self.results or []] or None,
-            **self._rights(),
+            **cast(Any, self._rights()),
         )
         return ModelCard.from_template(
             data,

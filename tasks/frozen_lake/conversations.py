@@ -6,9 +6,9 @@ An image in the assistant's turn is a helper image: the board after a move.
 import io
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from datasets import Dataset
+from datasets import Dataset, NamedSplit
 from PIL import Image as PILImage
 
 from ilvr.data.conversations import FEATURES, ConversationBuilder
@@ -57,7 +57,7 @@ def conversation(board: FrozenLakeMap, task: str, rng: random.Random) -> dict[st
     Returns:
         `dict` with the columns of `FEATURES`; `answer` is that of the last question, `metadata` holds task and board.
     """
-    builder = ConversationBuilder(_png)
+    builder = ConversationBuilder(cast(Any, _png))  # images are here, not located
     for number, name in enumerate(task.split("+")):
         if name not in PROMPTS:
             raise ValueError(f"Unknown FrozenLake task {name!r}; choose from {list(PROMPTS)}.")
@@ -149,7 +149,7 @@ def frozen_lake_dataset(
         "max_hole_fraction": max_hole_fraction,
         "max_plan_length": max_plan_length,
     }
-    return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=split)
+    return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=NamedSplit(split))
 
 
 def _generate(

@@ -11,7 +11,7 @@ from helpers import make_sample
 from matplotlib.axes import Axes
 from PIL import Image
 
-from ilvr.data import load_conversations
+from ilvr.data import load_conversations, prompt_of
 from ilvr.evaluation import (
     draw_curves,
     draw_latents,
@@ -21,7 +21,6 @@ from ilvr.evaluation import (
     score_table,
     scores_by_group,
 )
-from ilvr.evaluation.generation import prompt_of
 from ilvr.tasks import load_task
 from ilvr.tasks.frozen_lake import frozen_lake_dataset
 

@@ -285,6 +285,7 @@ class DurableTrainer(_Trainer):
             repo_id=self.hub_model_id,
             base_model=config.vlm_config._name_or_path or None,
             training=training if self.state.global_step else None,
+            is_adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
         )
 
     def create_model_card(
