@@ -361,7 +361,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         if not hasattr(vlm_config, "latent_token_id"):
             add_token_rows(vlm, ids)
         vlm.config = without_local_path(vlm.config)
-        model.name_or_path = vlm.config._name_or_path  # PEFT notes it as an adapter's base
+        model.name_or_path = str(name_or_path)  # PEFT notes it as the base of an adapter, which is nothing without it
         model.config.vlm_config = vlm.config
         model.model.vlm = vlm
         model.model.latent_head.to_empty(device=vlm.device)
