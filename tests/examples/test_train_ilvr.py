@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ import pytest
 import torch
 import train_ilvr
 import yaml
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from helpers import make_image
 from recipe import Recipe, phases_of
 from transformers import Qwen2_5_VLConfig
@@ -206,21 +203,3 @@ def test_a_wrong_argument_of_a_late_phase_is_found_before_the_first(tmp_path, mo
 def test_recipes_that_name_too_little_are_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
         train_ilvr.main(recipe)
-
-
-NAME_THEIR_LAYERS = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "idefics3", "internvl"]
-
-
-@pytest.mark.parametrize("backbone_name", NAME_THEIR_LAYERS, indirect=True, scope="session")
-def test_fsdp2_shards_the_layers_that_a_backbone_names(backbone_dir):
-    """The shipped config names no class of layers: accelerate takes the model's `_no_split_modules`."""
-    settings = yaml.safe_load((RECIPES.parent / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-    assert "fsdp_transformer_layer_cls_to_wrap" not in settings
-    policy = settings["fsdp_auto_wrap_policy"]
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=settings["fsdp_version"], auto_wrap_policy=policy)
-    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3)
-    wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
-    layers = [
-        module for name, module in model.named_modules() if re.search(r"(language|text)_model\.layers\.\d+$", name)
-    ]
-    assert len(layers) == 2 and all(wraps(layer) for layer in layers)

@@ -82,6 +82,7 @@ def fsdp_environment() -> dict:
     """What `accelerate launch` makes of the FSDP2 config that is shipped."""
     config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
     settings = {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
+    settings["FSDP_TRANSFORMER_CLS_TO_WRAP"] = settings.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
     return {"ACCELERATE_USE_FSDP": "true", **settings}
 
 
