@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2  # by which huggingface_hub reads the Hub
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -66,6 +66,7 @@ def license_of(base_model: str) -> dict[str, str]:
     Empty if there is no such card, it names none, or the Hub is out of reach: none is better than a wrong one.
     """
     try:
+        model_info(base_model, timeout=5)  # one request: a download tries for minutes where there is no network
         data = ModelCard.load(base_model).data.to_dict()
     except (httpx2.HTTPError, OSError, ValueError):
         return {}

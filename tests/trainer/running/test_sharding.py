@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate import DistributedType
 from distributed_run import run
-from helpers import perturb
+from helpers import every_backbone, perturb
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -82,7 +82,6 @@ def fsdp_environment() -> dict:
     """What `accelerate launch` makes of the FSDP2 config that is shipped."""
     config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
     settings = {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
-    settings["FSDP_TRANSFORMER_CLS_TO_WRAP"] = settings.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
     return {"ACCELERATE_USE_FSDP": "true", **settings}
 
 
@@ -180,7 +179,9 @@ def test_resumed_processes_train_like_uninterrupted_ones(results, engine):
 
 
 def fake_accelerator(*, fsdp_version=None, zero_stage=None, cpu_ram_efficient_loading=False):
-    fsdp = SimpleNamespace(cpu_ram_efficient_loading=cpu_ram_efficient_loading, ignored_modules=None)
+    fsdp = SimpleNamespace(
+        cpu_ram_efficient_loading=cpu_ram_efficient_loading, ignored_modules=None, transformer_cls_names_to_wrap=None
+    )
     state = SimpleNamespace(
         fsdp_plugin=fsdp, deepspeed_plugin=None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
     )
@@ -210,3 +211,14 @@ def test_rows_of_tied_embeddings_under_fsdp2_are_refused(model):
         prepare_sharding(
             fake_accelerator(fsdp_version=2), student.model, keeps_teacher=False, freeze_vision_tower=True
         )
+
+
+@every_backbone
+def test_the_layers_of_any_decoder_are_sharded(model, backbone_name):
+    """By name, and one at a time; the config of accelerate names none."""
+    accelerator = fake_accelerator(fsdp_version=2)
+    prepare_sharding(accelerator, model.model, keeps_teacher=True, freeze_vision_tower=True)
+    names = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
+    decoder = model.model.core.get_decoder()
+    wrapped = [module for module in decoder.modules() if type(module).__name__ in names]
+    assert wrapped == list(decoder.layers) and len(names) == 1
