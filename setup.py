@@ -1,24 +1,15 @@
+from pathlib import Path
+
 from setuptools import setup
 
 
-PACKAGE_DIR = {
-    "ilvr": "modeling_ilvr",
-    "ilvr.trainer": "trainer",
-    "ilvr.trainer.inputs": "trainer/inputs",
-    "ilvr.trainer.running": "trainer/running",
-    "ilvr.trainer.watching": "trainer/watching",
-    "ilvr.data": "data",
-    "ilvr.tasks": "tasks",
-    "ilvr.tasks.frozen_lake": "tasks/frozen_lake",
-    "ilvr.tasks.frozen_lake.metric": "tasks/frozen_lake/metric",
-    "ilvr.evaluation": "evaluation",
-    "ilvr.hub_cards": "hub_cards",
-    "ilvr.commands": "commands",
-}
+ROOMS = ("trainer", "data", "tasks", "evaluation", "hub_cards", "commands")
+folders = [file.parent for room in ROOMS for file in sorted(Path(room).rglob("__init__.py"))]
+# A top-level package called `trainer` or `data` would collide with others, so the folders have import names.
+package_dir = {"ilvr": "modeling_ilvr", **{".".join(["ilvr", *folder.parts]): folder.as_posix() for folder in folders}}
 
 setup(
-    # A top-level package called `trainer` or `data` would collide with others, so the folders have import names.
-    packages=list(PACKAGE_DIR),
-    package_dir=PACKAGE_DIR,
+    packages=list(package_dir),
+    package_dir=package_dir,
     package_data={"ilvr": ["py.typed"], "ilvr.hub_cards": ["*.md"]},
 )
