@@ -30,7 +30,7 @@ class SizeTokenizer:
         processor ([`~ilvr.ILVRProcessor`]).
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any) -> None:
         self.whole = processor
         self.processor = copy.copy(processor)
         self.processor._backbone = copy.copy(processor._backbone)
@@ -121,7 +121,7 @@ def count_tokens(messages: list[dict[str, Any]], image_sizes: list[Size], tokeni
     return len(input_ids)
 
 
-def check_spans(messages: list[dict[str, Any]], input_ids: list[int], processor: Any):
+def check_spans(messages: list[dict[str, Any]], input_ids: list[int], processor: Any) -> None:
     """Each image of an assistant turn must have become a latent span, and nothing else.
 
     Raises:

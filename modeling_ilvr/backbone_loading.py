@@ -17,7 +17,7 @@ def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int
     return start, pad, end
 
 
-def check_reference_ids(vlm_config: PreTrainedConfig, ids: tuple[int, int, int]):
+def check_reference_ids(vlm_config: PreTrainedConfig, ids: tuple[int, int, int]) -> None:
     """A checkpoint of the paper's reference code names its ids in the backbone's config, and keeps them.
 
     Raises:
@@ -48,7 +48,7 @@ def resolve_latent_size(vlm_config: PreTrainedConfig, latent_size: int | None) -
     return latent_size or trained or 8
 
 
-def check_weights(name_or_path: str, report: dict[str, Any]):
+def check_weights(name_or_path: str, report: dict[str, Any]) -> None:
     """Refuses a checkpoint that does not fill its model: transformers warns and leaves such weights random."""
     shapes = [f"{key} {tuple(saved)}, not {tuple(wanted)}" for key, saved, wanted in report["mismatched_keys"]]
     kinds = {"missing": report["missing_keys"], "unknown": report["unexpected_keys"], "of another shape": shapes}
@@ -72,7 +72,7 @@ def without_local_path(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def add_token_rows(vlm: PreTrainedModel, token_ids: tuple[int, ...]):
+def add_token_rows(vlm: PreTrainedModel, token_ids: tuple[int, ...]) -> None:
     """Gives the latent tokens embedding rows, appended or, as in Qwen's vocabularies, spare ones that exist already.
 
     Either way a new row starts as the mean of the others, so that it is neither likely nor unlikely at first.

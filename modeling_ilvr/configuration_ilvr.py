@@ -44,7 +44,7 @@ class ILVRConfig(PreTrainedConfig):
     latent_end_token_id: int | None = None
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if type(self.latent_size) is not int or not 1 <= self.latent_size <= MAX_LATENT_SIZE:
             raise ValueError(

@@ -66,7 +66,7 @@ class AttentionSeat:
         rule: AttentionRule | None = None,
         rows: torch.Tensor | None = None,
         columns: ColumnFacts | None = None,
-    ):
+    ) -> None:
         self.vlm, self.rule, self.rows, self.columns = vlm, rule, rows, columns
         if rule is not None:
             self._check()

@@ -51,7 +51,7 @@ class _Past(torch.autograd.Function):
 class _States:
     """Keys or values of a layer for all columns of a walk."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.buffer = self.gradients = None
         self.visited = 0
 
@@ -75,7 +75,7 @@ class _ChunkLayer(DynamicLayer):
         start: int = 0,
         states: tuple[_States, _States] | None = None,
         turns: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    ):
+    ) -> None:
         super().__init__()
         self.num_columns, self.start = num_columns, start
         self.states, self.turns = states or (_States(), _States()), turns
@@ -100,7 +100,7 @@ class _ChunkLayer(DynamicLayer):
 class _ConcatLayer(DynamicLayer):
     """Keys and values of a layer before a chunk, which may be computed many times, each time with its own copy."""
 
-    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         super().__init__()
         self.keys, self.values = keys, values
 
@@ -123,7 +123,7 @@ class _ConcatLayer(DynamicLayer):
 class _ChunkLinearLayer(LinearAttentionLayer):
     """The states of a linear-attention layer before a chunk, which `update_…` does not change."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.record_past = True  # so that the layer does not take its path for one token, which writes in place
 

@@ -29,7 +29,7 @@ class LatentSpanLogitsProcessor(LogitsProcessor):
         latent_size: int,
         suppressed: tuple[int, ...] = (),
         check: bool = False,
-    ):
+    ) -> None:
         self.start_id, self.pad_id, self.end_id, self.latent_size = start_id, pad_id, end_id, latent_size
         self.never_free, self.check = [pad_id, end_id, *suppressed], check
 

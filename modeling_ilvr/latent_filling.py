@@ -94,7 +94,7 @@ class ChunkGradients:
         checkpointed (`list[nn.Module]`): its layers that are checkpointed.
     """
 
-    def __init__(self, core: PreTrainedModel, checkpointed: list[nn.Module]):
+    def __init__(self, core: PreTrainedModel, checkpointed: list[nn.Module]) -> None:
         self.checkpointed = checkpointed
         partitioned = any(hasattr(parameter, "ds_id") for parameter in core.parameters())
         self.weight_gradients = None if partitioned else GatheredWeightGradients()

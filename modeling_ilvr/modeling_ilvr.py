@@ -80,7 +80,7 @@ class ILVROutput(ModelOutput):
 class ILVRLatentHead(nn.Module):
     """Map from the last hidden state to the next latent, (…, D) to (…, D). The paper feeds the state back as it is."""
 
-    def __init__(self, kind: str, hidden_size: int):
+    def __init__(self, kind: str, hidden_size: int) -> None:
         super().__init__()
         if kind == "identity":
             self.layers = nn.Identity()
@@ -121,7 +121,7 @@ class ForwardCase(StrEnum):
 class ILVRModel(ILVRPreTrainedModel):
     """The backbone with latent spans, without the language-model head's logits."""
 
-    def __init__(self, config: ILVRConfig):
+    def __init__(self, config: ILVRConfig) -> None:
         super().__init__(config)
         try:
             self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
@@ -311,7 +311,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
 
     accepts_loss_kwargs = True
 
-    def __init__(self, config: ILVRConfig):
+    def __init__(self, config: ILVRConfig) -> None:
         super().__init__(config)
         self.model = ILVRModel(config)
         self.generation_config = self.model.vlm.generation_config
@@ -319,7 +319,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
 
     @classmethod
     def from_backbone(
-        cls, name_or_path: str, *, latent_size: int | None = None, latent_head: str = "identity", **kwargs
+        cls, name_or_path: str, *, latent_size: int | None = None, latent_head: str = "identity", **kwargs: Any
     ) -> "ILVRForConditionalGeneration":
         """Starts an ILVR model from a plain vision-language checkpoint.
 
@@ -394,7 +394,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
                 )
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As [`~transformers.PreTrainedModel.save_pretrained`], with the names that the weights have in the model.
 
         The "original format" of a backbone is its oldest layout on the Hub. `Trainer` resumes with a plain

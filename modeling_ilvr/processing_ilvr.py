@@ -100,7 +100,7 @@ class ILVRProcessor(ProcessorMixin):
         chat_template: str | None = None,
         latent_size: int = 8,
         backbone_processor: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         self.latent_size = latent_size
         self.backbone_processor = backbone_processor or {"processor_class": "Qwen2_5_VLProcessor"}
         arguments = dict(self.backbone_processor)
@@ -160,7 +160,7 @@ class ILVRProcessor(ProcessorMixin):
         processor.check_chat_template()
         return processor
 
-    def check_chat_template(self):
+    def check_chat_template(self) -> None:
         """Renders a probe and counts what the trainer relies on.
 
         Raises:

@@ -21,7 +21,7 @@ class _Uses:
 
     WIDE = 64  # rows from which a product of its own costs less than a copy into a common one
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.by_pass = {}
 
     def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -90,7 +90,7 @@ class GatheredWeightGradients(TorchFunctionMode):
     ever.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.collected = {}
 

@@ -85,7 +85,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         args = args or ILVRTrainingConfig("ilvr-output")
         if processing_class is None:
             source = model if isinstance(model, str) else model.config._name_or_path
@@ -168,7 +168,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ):
+    ) -> Any:
         batch = LatentBatch.of(inputs)
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
@@ -274,7 +274,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
     # ----------------------------------------------------------------------------------- what the method adds to a run
 
-    def log(self, logs: dict[str, float], start_time: float | None = None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.teacher is not None and self.model.training:
             logs["teacher_distance"] = self.teacher.distance(self.student.model)
         super().log(logs, start_time)
@@ -285,11 +285,11 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "the backbone can tell the helper images apart."
             )
 
-    def save_method_state(self, folder: str):
+    def save_method_state(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.save(folder, self.args.should_save)
 
-    def load_method_state(self, folder: str):
+    def load_method_state(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.load(folder)
 

@@ -7,7 +7,9 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 
-def alignment_loss(predicted_latents, targets, target_mask, *, noise_std=0.0):
+def alignment_loss(
+    predicted_latents: torch.Tensor, targets: torch.Tensor, target_mask: torch.Tensor, *, noise_std: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """1 - cosine between what the model feeds back and what the teacher selected (paper, equation 8).
 
     Args:
@@ -31,7 +33,9 @@ def alignment_loss(predicted_latents, targets, target_mask, *, noise_std=0.0):
     return per_sample.sum() / num_samples, cosine
 
 
-def token_loss(logits, labels, *, num_items=None):
+def token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Cross-entropy of next tokens, already aligned: `logits[:, t]` predicts `labels[:, t]`.
 
     Args:
@@ -47,7 +51,7 @@ def token_loss(logits, labels, *, num_items=None):
 
 
 @torch.no_grad()
-def token_statistics(logits, labels):
+def token_statistics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Means over the labelled columns of what [`token_loss`] scores; its arguments. They are nan where there is none.
 
     Returns:
@@ -63,7 +67,7 @@ def token_statistics(logits, labels):
     }
 
 
-def mean_pairwise_cosine(vectors):
+def mean_pairwise_cosine(vectors: torch.Tensor) -> torch.Tensor:
     """Mean cosine between all pairs of different rows of `vectors` (M, D): near 1, the targets have collapsed."""
     unit = normalize(vectors.float(), dim=-1)
     count = len(unit)

@@ -46,7 +46,7 @@ class TargetSelector:
         teacher: Callable,
         core: Any,
         equal_forwards: bool = False,
-    ):
+    ) -> None:
         self.config, self.args = config, args
         self.teacher, self.core, self.equal_forwards = teacher, core, equal_forwards
         self.selector = SELECTORS[args.selection_method]

@@ -1,13 +1,15 @@
 """The momentum teacher: an fp32 exponential moving average of the student (paper, equation 2)."""
 
 import copy
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .running.adapters import vision_modules
 from .running.sharding import gather_embeddings_once
@@ -30,7 +32,7 @@ class MomentumTeacher:
         decay (`float`): 0.999 in the paper.
     """
 
-    def __init__(self, student: torch.nn.Module, decay: float):
+    def __init__(self, student: torch.nn.Module, decay: float) -> None:
         self.decay = decay
         unused = _unused_modules(student)
         names = dict(student.named_parameters(remove_duplicate=False))
@@ -49,13 +51,13 @@ class MomentumTeacher:
         parameters = dict(self.model.named_parameters())
         return [parameters[name] for name in self.names]
 
-    def shard(self, accelerator):
+    def shard(self, accelerator: Accelerator) -> None:
         """Shards the teacher as accelerate's FSDP2 shards the student; its frozen weights are then its own."""
         fsdp2_prepare_model(accelerator, self.model)
         gather_embeddings_once(self.model)
 
     @torch.no_grad()
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
         """The teacher's outputs for the inputs of [`ILVRModel`]."""
         outputs = self.model(**inputs)
         for module in self.model.modules():
@@ -64,7 +66,7 @@ class MomentumTeacher:
         return outputs
 
     @torch.no_grad()
-    def update(self, student: torch.nn.Module):
+    def update(self, student: torch.nn.Module) -> None:
         """Moves the teacher by one optimizer step of the student."""
         parameters = dict(student.named_parameters())
         for name, average in zip(self.names, self.parameters()):
@@ -84,13 +86,13 @@ class MomentumTeacher:
         """The averaged weights, whole on each rank."""
         return {name: _whole(p.detach()).contiguous() for name, p in zip(self.names, self.parameters())}
 
-    def save(self, folder: str, is_main_process: bool = True):
+    def save(self, folder: str, is_main_process: bool = True) -> None:
         tensors = self.state_dict()  # on all ranks: each has a shard
         if is_main_process:
             save_file(tensors, f"{folder}/{TEACHER_FILE}")
 
     @torch.no_grad()
-    def load(self, folder: str):
+    def load(self, folder: str) -> None:
         tensors = load_file(f"{folder}/{TEACHER_FILE}")
         if sorted(tensors) != sorted(self.names):
             raise ValueError(
@@ -113,7 +115,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _unused_modules(student) -> tuple[str, ...]:
+def _unused_modules(student: Any) -> tuple[str, ...]:
     """Prefixes of the parts that the teacher has no use for."""
     head = student.vlm.get_output_embeddings()
     unused = [name for name, module in student.named_modules() if module is head]
@@ -126,14 +128,14 @@ def _unused_modules(student) -> tuple[str, ...]:
 class TeacherUpdateCallback(TrainerCallback):
     """Moves the teacher after each real optimizer step, not after accumulation micro-batches or skipped steps."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # By now the engine has prepared the student, and a checkpoint to resume from has been read.
         if self.trainer.accelerator.is_fsdp2:
             self.trainer.teacher.shard(self.trainer.accelerator)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer.teacher.update(self.trainer.student.model)

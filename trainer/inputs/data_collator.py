@@ -5,6 +5,7 @@ B batch, T sequence, S spans, K latents a span.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers.data.data_collator import DataCollatorMixin
@@ -113,7 +114,7 @@ class LatentDataCollator(DataCollatorMixin):
         return encode((open_image(images[i], f"Image {i} of a sample") for i in example[column]), self.processor)
 
 
-def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding) -> torch.Tensor:
+def _lay_out(examples: list[dict], column: str, layout: list[list[int]], padding: Any) -> torch.Tensor:
     rows = [[*example[column], padding] for example in examples]  # index -1 is the padding
     return torch.tensor([[row[i] for i in columns] for row, columns in zip(rows, layout)])
 

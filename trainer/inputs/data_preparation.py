@@ -92,7 +92,7 @@ def _columns(dataset: Any, name: str) -> list[str]:
     return columns
 
 
-def _prepare(dataset, columns: list[str], processor: ILVRProcessor, name: str, num_proc: int | None):
+def _prepare(dataset: Any, columns: list[str], processor: ILVRProcessor, name: str, num_proc: int | None):
     if "images" in columns:
         # Not decoded by `datasets`, whose error for a broken file does not say which sample it is in.
         dataset = undecoded(dataset, "images")

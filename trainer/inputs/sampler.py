@@ -20,14 +20,14 @@ class SpanGroupedSampler(Sampler):
 
     BATCHES_SORTED_TOGETHER = 50
 
-    def __init__(self, num_spans: list[int], lengths: list[int], *, batch_size: int, seed: int):
+    def __init__(self, num_spans: list[int], lengths: list[int], *, batch_size: int, seed: int) -> None:
         self.keys = list(zip(num_spans, lengths))
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self):

@@ -20,7 +20,7 @@ def vision_modules(model: Any) -> list[str]:
     return [f"{prefix}.{name}" for name, module in core.named_children() if module is not decoder]
 
 
-def freeze_vision_tower(model: Any):
+def freeze_vision_tower(model: Any) -> None:
     """Freezes everything of the backbone that is not its text decoder or language-model head: tower and merger."""
     for name in vision_modules(model):
         model.get_submodule(name).requires_grad_(False)

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -28,7 +28,7 @@ NOT_LISTED = {MANIFEST, "README.md"}
 WEIGHTS = ("model*.safetensors", "pytorch_model*", "**/adapter_model.*", "global_step*")
 
 
-def write_manifest(checkpoint: str | Path, settings: dict | None = None):
+def write_manifest(checkpoint: str | Path, settings: dict | None = None) -> None:
     """Declares a checkpoint whole: lists the size of each file, once all of them have reached the disk.
 
     Args:
@@ -95,7 +95,7 @@ def find_damage(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | Non
     return next((f"{pattern} is missing" for pattern in needed if not any(folder.glob(pattern))), None)
 
 
-def check_run(checkpoint: str | Path, settings: dict):
+def check_run(checkpoint: str | Path, settings: dict) -> None:
     """Compares the settings of a run with those of the one that wrote a checkpoint.
 
     Args:
@@ -159,7 +159,7 @@ def resolve_checkpoint(
     return str(checkpoint)
 
 
-def warn_of_earlier_run(output_dir: str | Path):
+def warn_of_earlier_run(output_dir: str | Path) -> None:
     """A resume goes by step, so it would take up an earlier run that got further than the one that starts now."""
     if earlier := _checkpoints(output_dir):
         logger.warning(
@@ -181,18 +181,18 @@ class CheckpointWriter:
         settings (`dict`): of the run, for the manifest.
     """
 
-    def __init__(self, trainer: Trainer, checkpoint: str | Path, settings: dict):
+    def __init__(self, trainer: Trainer, checkpoint: str | Path, settings: dict) -> None:
         self.trainer, self.folder, self.settings = trainer, Path(checkpoint), settings
         self.limit, self.finished = trainer.args.save_total_limit, False
 
-    def __enter__(self):
+    def __enter__(self) -> "CheckpointWriter":
         if self.trainer.args.should_save:
             _make_room(self.folder)
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.args.save_total_limit = None
         return self
 
-    def finish(self):
+    def finish(self) -> None:
         """Writes the manifest once all processes have written their files; called before a folder is pushed."""
         args = self.trainer.args
         args.save_total_limit, self.finished = self.limit, True
@@ -207,7 +207,7 @@ class CheckpointWriter:
                 if find_damage(other):
                     shutil.rmtree(other, ignore_errors=True)
 
-    def __exit__(self, error, *_):
+    def __exit__(self, error: Any, *_: Any):
         args = self.trainer.args
         args.save_total_limit = self.limit
         if error or self.finished:  # finished early, Trainer has rotated with the limit

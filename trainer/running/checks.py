@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def check_agreement(model: Any, processor: Any):
+def check_agreement(model: Any, processor: Any) -> None:
     """Model and processor must have the same latent size and ids, and the chat template must render them.
 
     Raises:
@@ -24,7 +24,7 @@ def check_agreement(model: Any, processor: Any):
     processor.check_chat_template()
 
 
-def check_batch_size(model: Any, args: Any, eval_dataset: Any):
+def check_batch_size(model: Any, args: Any, eval_dataset: Any) -> None:
     """A backbone with linear attention takes one row at a time."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size if eval_dataset else 1)

@@ -46,7 +46,7 @@ class DurableTrainer(_Trainer):
     model: PreTrainedModel
     keeps_teacher: bool = False  # whether a second set of weights is averaged beside the trained ones
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_tokens = 0  # trained on so far, by all ranks
         self.step_logs = {training: StepLog(self.accelerator) for training in (True, False)}
@@ -68,10 +68,10 @@ class DurableTrainer(_Trainer):
 
     # ------------------------------------------------------------------------------------------- what a method adds
 
-    def save_method_state(self, folder: str):
+    def save_method_state(self, folder: str) -> None:
         """Writes what the method keeps beside weights and optimizer; called by all processes."""
 
-    def load_method_state(self, folder: str):
+    def load_method_state(self, folder: str) -> None:
         """Reads what [`save_method_state`] wrote."""
 
     def method_files(self) -> list[str]:
@@ -88,15 +88,15 @@ class DurableTrainer(_Trainer):
 
     # ------------------------------------------------------------------------------------------------------ the log
 
-    def record(self, count: int | torch.Tensor, **means: float | torch.Tensor):
+    def record(self, count: int | torch.Tensor, **means: float | torch.Tensor) -> None:
         """Keeps means over `count` things of a micro-batch; the log averages over all things of all ranks."""
         self.step_logs[self.model.training].add_means(count, **means)
 
-    def record_tokens(self, count: int | torch.Tensor):
+    def record_tokens(self, count: int | torch.Tensor) -> None:
         """Counts the tokens of a micro-batch."""
         self.step_logs[self.model.training].add_totals(tokens=count)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         training = self.model.training
         metrics, totals = self.step_logs[training].read()
         if metrics:
@@ -110,7 +110,7 @@ class DurableTrainer(_Trainer):
 
     # ----------------------------------------------------------------------------------------------------- training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
         Trains.
 
@@ -160,7 +160,7 @@ class DurableTrainer(_Trainer):
         finally:
             lock.__exit__(None, None, None)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.clock.start()  # the first thing of a step: waiting for data counts
         return super().get_batch_samples(*args, **kwargs)
 
@@ -253,7 +253,7 @@ class DurableTrainer(_Trainer):
         self.step_logs[True].load_state_dict(state["log"])
         self.clock.load_state_dict(state["clock"])
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and not _internal_call else None
         if plugin is None:
             super().save_model(output_dir, _internal_call)
@@ -290,7 +290,7 @@ class DurableTrainer(_Trainer):
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
-    ):
+    ) -> None:
         if self.is_world_process_zero():
             os.makedirs(self.args.output_dir, exist_ok=True)
             card = self.model_card(model_name)

@@ -1,13 +1,13 @@
 """What the engines that shard a model (accelerate's FSDP2, DeepSpeed ZeRO-3) ask of a trainer with two models."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Embedding
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from .adapters import vision_modules
 
@@ -25,7 +25,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def prepare_sharding(
     accelerator: Accelerator, student: PreTrainedModel, *, keeps_teacher: bool, freeze_vision_tower: bool
-):
+) -> None:
     """Keeps a frozen vision tower whole on each rank, where it encodes images outside the model's forward.
 
     Args:
@@ -60,7 +60,7 @@ def prepare_sharding(
     plugin: Any = accelerator.state.fsdp_plugin
     if not plugin.transformer_cls_names_to_wrap:
         # The decoder's layers. A backbone's own list also names layers of its tower, or of towers that it has not.
-        decoder = student.core.get_decoder()
+        decoder: Any = cast(Any, student).core.get_decoder()
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder.layers})
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
@@ -72,7 +72,7 @@ def prepare_sharding(
         plugin.ignored_modules = [*(plugin.ignored_modules or []), *vision]
 
 
-def gather_embeddings_once(model: Any):
+def gather_embeddings_once(model: Any) -> None:
     """Keeps the embeddings gathered during a step: ranks look different numbers of tokens' embeddings up.
 
     A backbone looks up the placeholder's for each piece of a sequence that has an image.
@@ -85,8 +85,8 @@ def gather_embeddings_once(model: Any):
 class ShardingCallback(TrainerCallback):
     """Settles, once the engine has wrapped the model, what stays gathered during a step."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         gather_embeddings_once(self.trainer.student)

@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from PIL import Image
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ilvr.data.images import open_image
 
@@ -23,7 +24,7 @@ MAX_SPANS = 4  # drawn of a sample: the picture has a row for each
 
 
 @torch.no_grad()
-def compare_latents(trainer, batch: dict) -> tuple[Selection | None, torch.Tensor | None]:
+def compare_latents(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[Selection | None, torch.Tensor | None]:
     """What the teacher selects in the helper images of a batch, and what the student predicts in the same places.
 
     Leaves no trace: no metric, no gradient, the same random numbers afterwards. All ranks have to call it.
@@ -74,7 +75,7 @@ class SelectionDrawingCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer, samples, every: int = 100):
+    def __init__(self, trainer: Any, samples: Any, every: int = 100) -> None:
         if trainer.teacher is None or trainer.args.selection_method == "mean_pool":
             raise ValueError(
                 f"No cells are selected with stage={trainer.args.stage} and "
@@ -100,11 +101,11 @@ class SelectionDrawingCallback(TrainerCallback):
                     "which token shows what. Turn that off in the image processor, or leave the callback out."
                 )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every:
             return
         selection, latents = compare_latents(self.trainer, self.batch)
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or selection is None or latents is None:
             return
         picture = self.draw(selection, latents)
         folder = Path(args.output_dir) / "selections"
@@ -115,7 +116,7 @@ class SelectionDrawingCallback(TrainerCallback):
         if trackio := trackio_module(self.trainer):
             trackio.log({"selections": trackio.Image(picture), "train/global_step": state.global_step})
 
-    def draw(self, selection, latents):
+    def draw(self, selection: Selection, latents: torch.Tensor) -> Image.Image:
         """The picture of a [`Selection`] and of the latents (B, S, K, D) that the student predicts."""
         nearest = selection.nearest(latents)  # (B, S, K)
         cosines = torch.cosine_similarity(latents.float(), selection.targets, dim=-1)  # (B, S, K)

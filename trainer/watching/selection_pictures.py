@@ -12,7 +12,7 @@ PANEL, GAP, LINE = 256, 8, 18  # pixels: side of a panel, space between panels, 
 TEACHER_COLOR, STUDENT_COLOR = (255, 60, 0), (190, 0, 220)
 
 
-def token_grid(num_tokens: int, size: tuple[int, int], grid_thw=None) -> tuple[int, int]:
+def token_grid(num_tokens: int, size: tuple[int, int], grid_thw: list[int] | None = None) -> tuple[int, int]:
     """Rows and columns of an image's tokens.
 
     Args:
@@ -46,7 +46,9 @@ def candidate_boxes(candidate: int, num_candidates: int, grid: tuple[int, int]) 
     ]
 
 
-def outline(image: Image.Image, grid, num_candidates: int, chosen: list[int], color) -> Image.Image:
+def outline(
+    image: Image.Image, grid: tuple[int, int], num_candidates: int, chosen: list[int], color: tuple[int, int, int]
+) -> Image.Image:
     """A copy of an image with the chosen candidates outlined and numbered in their order, from 1.
 
     A candidate that is chosen more than once bears all its numbers.
@@ -71,7 +73,9 @@ def outline(image: Image.Image, grid, num_candidates: int, chosen: list[int], co
     return image
 
 
-def selection_row(image: Image.Image, grid, num_candidates: int, selected: list[int], nearest: list[int]) -> list:
+def selection_row(
+    image: Image.Image, grid: tuple[int, int], num_candidates: int, selected: list[int], nearest: list[int]
+) -> list:
     """The three panels of a span: its helper image, plain, with the teacher's choice and with the student's."""
     image = ImageOps.contain(image, (PANEL, PANEL))
     return [

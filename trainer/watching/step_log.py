@@ -1,5 +1,7 @@
 """What a run counts between two lines of its log, on all micro-batches and ranks."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -14,19 +16,19 @@ class StepLog:
         accelerator ([`~accelerate.Accelerator`]).
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.sums: dict[str, torch.Tensor] = {}  # name: (2,), a sum and the number of things that it is over
         self.totals: dict[str, torch.Tensor] = {}
 
-    def add_means(self, count: int | torch.Tensor, **means: float | torch.Tensor):
+    def add_means(self, count: int | torch.Tensor, **means: float | torch.Tensor) -> None:
         """Adds means over `count` things of a micro-batch; those over nothing, which are nan, do not count."""
         count = self._scalar(count)
         for name, mean in means.items():
             total = torch.where(count > 0, self._scalar(mean) * count, 0)
             self.sums[name] = self.sums.get(name, 0) + torch.stack([total, count])
 
-    def add_totals(self, **totals: int | torch.Tensor):
+    def add_totals(self, **totals: int | torch.Tensor) -> None:
         """Adds numbers of things, such as tokens."""
         for name, total in totals.items():
             self.totals[name] = self.totals.get(name, 0) + self._scalar(total)
@@ -53,12 +55,12 @@ class StepLog:
             "totals": {name: total for name, (total, _) in zip(totals, numbers[len(names) :])},
         }
 
-    def load_state_dict(self, state: dict[str, dict]):
+    def load_state_dict(self, state: dict[str, dict]) -> None:
         """Goes on from what [`state_dict`] gave."""
         self.sums = {name: self._scalar(pair) for name, pair in state["sums"].items()}
         self.totals = {name: self._scalar(total) for name, total in state["totals"].items()}
 
-    def _scalar(self, value) -> torch.Tensor:
+    def _scalar(self, value: Any) -> torch.Tensor:
         return torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
 
 

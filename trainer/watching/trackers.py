@@ -1,16 +1,18 @@
 """What a run reports to: TensorBoard and Trackio, and the share of K* as a histogram."""
 
-from transformers import TrainerCallback
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 
 
-def tensorboard_writer(trainer):
+def tensorboard_writer(trainer: Any) -> Any:
     """The `SummaryWriter` that `report_to="tensorboard"` has open in this process, if there is one."""
     callbacks = trainer.callback_handler.callbacks
     return next((c.tb_writer for c in callbacks if isinstance(c, TensorBoardCallback)), None)
 
 
-def trackio_module(trainer):
+def trackio_module(trainer: Any) -> Any:
     """`trackio`, if `report_to="trackio"` has a run open in this process."""
     if not any(isinstance(c, TrackioCallback) for c in trainer.callback_handler.callbacks):
         return None
@@ -22,10 +24,12 @@ def trackio_module(trainer):
 class SelectionHistogramCallback(TrainerCallback):
     """Shows the logged shares `selected_1` to `selected_K` as one histogram: the log itself holds numbers only."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
         logs = logs or {}
         shares = [logs[name] for k in range(1, len(logs)) if (name := f"selected_{k}") in logs]
         if not shares:
