@@ -101,39 +101,39 @@ def waiting(dataset, collator, workers: int, batch_size: int = 4) -> float:
     return waited / (time.perf_counter() - start)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few samples")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def rows(quick: bool) -> dict[str, str]:
+    """What is measured, in words and numbers."""
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         build_backbone(Path(folder))
         processor = ILVRProcessor.from_backbone(folder, latent_size=8)
         processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12845056}  # Qwen2.5-VL's own
-        dataset = photos(60 if options.quick else 600)
+        dataset = photos(60 if quick else 600)
         wall, own = seconds(lambda: prepare_dataset(dataset, processor, stage=1))
         prepared = prepare_dataset(dataset, processor, stage=1)
-        few = prepared.select(range(8 if options.quick else 40))
+        few = prepared.select(range(8 if quick else 40))
         plain = without_helpers(dataset.select(range(len(few))))
+        asked = prepare_dataset(plain, processor, stage=2)
+        ours = LatentDataCollator(processor)
         trl = DataCollatorForVisionLanguageModeling(processor, max_length=None)
-        rows = [
-            (
-                "preparation, samples a second",
-                f"{len(dataset) / wall:.0f} (of processor time: {len(dataset) / own:.0f})",
-            ),
-            ("collation with helper images, samples a second", f"{collate(few, LatentDataCollator(processor)):.1f}"),
-            (
-                "collation of the user's image alone, samples a second: ours, TRL's",
-                f"{collate(prepare_dataset(plain, processor, stage=2), LatentDataCollator(processor)):.1f}, "
-                f"{collate(plain, trl):.1f}",
-            ),
-        ]
-        for workers in (0, 1, 2):
-            share = waiting(few, LatentDataCollator(processor), workers)
-            rows.append((f"share that waits for data, {workers} workers, steps of {STEP_SECONDS:g} s", f"{share:.0%}"))
-    print("| from conversations to batches | |\n|---|---|")
-    for name, value in rows:
+        found = {
+            "preparation, samples a second of wall and of processor time": f"{len(dataset) / wall:.0f}, "
+            f"{len(dataset) / own:.0f}",
+            "collation with helper images, samples a second": f"{collate(few, ours):.1f}",
+            "collation of the user's image alone, samples a second: ours, TRL's": f"{collate(asked, ours):.1f}, "
+            f"{collate(plain, trl):.1f}",
+        }
+        shares = [f"{waiting(few, ours, workers):.0%}" for workers in (0, 1, 2)]
+        steps = f"share that waits for data, 4 samples a step of {STEP_SECONDS:g} s: 0, 1, 2 workers"
+        return {**found, steps: ", ".join(shares)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few samples")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, value in rows(options.quick).items():
         print(f"| {name} | {value} |")
 
 

@@ -108,6 +108,13 @@ def tables(results) -> str:
     ]
     for what, asked, measured, met in bars(results):
         lines.append(f"| {what} | {asked} | {measured:.3g} | {'yes' if met else '**no**'} |")
+    if "inputs" in results:
+        lines += [
+            "",
+            "| from conversations to batches, one thread, three photos of 1024 pixels a sample | |",
+            "|---|---|",
+        ]
+        lines += [f"| {what} | {value} |" for what, value in results["inputs"].items()]
     return "\n".join([*lines, "", END])
 
 

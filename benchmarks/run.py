@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import measure, report, scaling
+from . import inputs, measure, report, scaling
 from .model import Workload, build_backbone
 from .sides import generation_sides, stage_sides, text_sides, training_run
 
@@ -86,7 +86,8 @@ def others(folder: Path, quick: bool) -> dict:
     runs["stage 1, images processed at each step"] = training_run(folder, CENTRE, 1, num_steps)
     text = measure.alternate(text_sides(folder, CENTRE), rounds=15)
     imports = {name: measure.import_seconds(name) for name in IMPORTS}
-    return {"generation": generation, "text": text, "runs": runs, "imports": imports, "ceilings": measure.ceilings()}
+    measured = {"generation": generation, "text": text, "runs": runs, "imports": imports}
+    return {**measured, "inputs": inputs.rows(quick), "ceilings": measure.ceilings()}
 
 
 def machine(options) -> dict:
