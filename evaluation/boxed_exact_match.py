@@ -2,6 +2,7 @@ r"""`evaluate` metric for tasks with one right answer: is the last \boxed{…} t
 
 import datasets
 import evaluate
+from evaluate.utils.file_utils import add_start_docstrings
 
 from ilvr.data.conversations import last_boxed
 from ilvr.evaluation.intervals import wilson_interval
@@ -22,7 +23,7 @@ Returns:
 """
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+@add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class BoxedExactMatch(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -173,7 +173,7 @@ def generate(model, inputs, steps=STEPS, **kwargs):
 
 PARTS = {"loss", "ce_loss", "entropy", "mean_token_accuracy", "spans_per_sample", "num_tokens", "grad_norm"}
 SPEED = {"step_time", "tokens_per_second"}
-ALIGNMENT = {"alignment_loss", "latent_cosine", "teacher_distance", "target_similarity"}
+ALIGNMENT = {"alignment_loss", "latent_cosine", "retrieval_at_1", "teacher_distance", "target_similarity"}
 SELECTION = {"selected_per_span", "selected_mass", "selected_1", "selected_2", "selected_3"}
 
 

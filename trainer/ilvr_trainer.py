@@ -24,12 +24,13 @@ from .inputs.data_collator import LatentBatch, LatentDataCollator
 from .inputs.data_preparation import PREPARED_COLUMNS, prepare_dataset
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
-from .losses import alignment_loss, mean_pairwise_cosine, token_loss, token_statistics
+from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
 from .running.checks import check_agreement, check_batch_size
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
 from .running.sharding import is_sharded
+from .selection import Selection
 from .target_selection import TargetSelector
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
 from .watching.trackers import SelectionHistogramCallback
@@ -203,12 +204,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             ce = ce * self.accelerator.num_processes
         loss = self.args.ce_weight * ce if self.args.stage == 1 else ce
         if selection is not None:
-            alignment, cosine = alignment_loss(
-                outputs.predicted_latents, selection.targets, selection.mask, noise_std=self.args.alignment_noise
-            )
+            alignment, cosine = self._alignment(outputs.predicted_latents, selection)
             num_samples = selection.mask.flatten(1).any(1).sum()
             self.record(num_samples, alignment_loss=alignment)
-            self.record(selection.mask.sum(), latent_cosine=cosine)
+            found = selection.nearest(outputs.predicted_latents.detach()) == selection.indices
+            self.record(
+                selection.mask.sum(), latent_cosine=cosine, retrieval_at_1=found[selection.mask].float().mean()
+            )
             self.record(selection.mask.any(-1).sum(), **selection.statistics())
             self.record(1, target_similarity=mean_pairwise_cosine(selection.targets[selection.mask][:512]))
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
@@ -223,6 +225,15 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.record(len(spans), spans_per_sample=spans.float().mean())
         self.record_tokens(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _alignment(self, latents: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+        """The alignment loss of the predicted latents (B, S, K, D), and their mean cosine with the targets."""
+        args = self.args
+        loss, cosine = alignment_loss(latents, selection.targets, selection.mask, noise_std=args.alignment_noise)
+        if args.alignment == "infonce":
+            chosen = (selection.targets, selection.mask, selection.candidates, selection.candidate_mask)
+            loss = infonce_loss(latents, *chosen, selection.indices, temperature=args.alignment_temperature)
+        return loss, cosine
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
         """Counts, beside the words, the samples with targets in all micro-batches of a step: their mean over ranks.
@@ -310,7 +321,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "stage": 1,
             "teacher decay": args.teacher_decay,
             "selection": selection,
-            "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment",
+            "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment ({args.alignment})",
         }
 
 

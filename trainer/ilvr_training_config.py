@@ -32,7 +32,8 @@ class ILVRTrainingConfig(SFTConfig):
         teacher_decay (`float`, *optional*, defaults to 0.999):
             Momentum of the teacher.
         selection_method (`str`, *optional*, defaults to `"query_top_p"`):
-            How targets are selected: `"query_top_p"` (paper), `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
+            How targets are selected: `"query_top_p"` (paper), `"changed"` (what differs from the picture before;
+            ours), `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
         selection_top_p (`float`, *optional*, defaults to 0.9):
             Probability mass that the selected features hold.
         selection_temperature (`float`, *optional*, defaults to 0.05):
@@ -46,6 +47,11 @@ class ILVRTrainingConfig(SFTConfig):
             Weight of the cross-entropy over words and span markers.
         alignment_weight (`float`, *optional*, defaults to 1.0):
             Weight of the alignment loss.
+        alignment (`str`, *optional*, defaults to `"cosine"`):
+            The alignment loss: `"cosine"` (paper), or `"infonce"`, by which each latent picks its target among the
+            other candidates of its helper image and the targets of other rows.
+        alignment_temperature (`float`, *optional*, defaults to 0.1):
+            Temperature of `"infonce"`. Not the paper's.
         alignment_noise (`float`, *optional*, defaults to 0.01):
             Standard deviation of the noise added to the targets of the alignment loss.
 
@@ -101,6 +107,10 @@ class ILVRTrainingConfig(SFTConfig):
 
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy."})
     alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment: str = field(
+        default="cosine", metadata={"help": "The alignment loss.", "choices": ["cosine", "infonce"]}
+    )
+    alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE alignment."})
     alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})
 
     jacobi_iterations: int | None = field(
@@ -125,6 +135,11 @@ class ILVRTrainingConfig(SFTConfig):
             raise ValueError(
                 "`selection_top_p` must lie in (0, 1] and `selection_temperature` above 0, got "
                 f"{self.selection_top_p} and {self.selection_temperature}."
+            )
+        if self.alignment not in ("cosine", "infonce") or self.alignment_temperature <= 0:
+            raise ValueError(
+                "`alignment` must be 'cosine' or 'infonce' and `alignment_temperature` above 0, got "
+                f"{self.alignment!r} and {self.alignment_temperature}."
             )
         if self.max_candidates < 1:
             raise ValueError(f"`max_candidates` must be at least 1, got {self.max_candidates}.")

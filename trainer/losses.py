@@ -25,12 +25,55 @@ def alignment_loss(
     predicted, targets = predicted_latents.float(), targets.float()
     noisy = targets + noise_std * torch.randn_like(targets) if noise_std else targets
     per_latent = 1 - cosine_similarity(predicted, noisy, dim=-1)  # (B, S, K)
-    counts = target_mask.sum((1, 2))
-    per_sample = (per_latent * target_mask).sum((1, 2)) / counts.clamp(min=1)
-    num_samples = (counts > 0).sum().clamp(min=1)
     with torch.no_grad():
         cosine = cosine_similarity(predicted, targets, dim=-1)[target_mask].mean()
-    return per_sample.sum() / num_samples, cosine
+    return _mean_of_samples(per_latent, target_mask), cosine
+
+
+def infonce_loss(
+    predicted_latents: torch.Tensor,
+    targets: torch.Tensor,
+    target_mask: torch.Tensor,
+    candidates: torch.Tensor,
+    candidate_mask: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    temperature: float,
+) -> torch.Tensor:
+    """Each latent picks its own target, by cosine, among the other candidates of its helper image and the targets of
+    other rows (InfoNCE, arXiv 1807.03748; for latents, CoLVR, arXiv 2605.08802).
+
+    A plain cosine is nearly satisfied by what all features have in common; here that cancels.
+
+    Args:
+        predicted_latents, targets (`torch.Tensor` of shape `(B, S, K, D)`), target_mask (`torch.BoolTensor` of shape
+            `(B, S, K)`): as in [`alignment_loss`].
+        candidates (`torch.Tensor` of shape `(B, S, N, D)`), candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`):
+            features of the helper images.
+        indices (`torch.LongTensor` of shape `(B, S, K)`): of the targets among the candidates.
+        temperature (`float`): of the softmax over cosines.
+
+    Returns:
+        `torch.Tensor`: a mean over each sample's targets and then over the samples that have any, in nats.
+    """
+    latents, wanted = normalize(predicted_latents.float(), dim=-1), normalize(targets.float(), dim=-1)
+    own = torch.einsum("bskd,bsnd->bskn", latents, normalize(candidates.float(), dim=-1)) / temperature
+    is_own_target = torch.arange(own.shape[-1], device=own.device) == indices.unsqueeze(-1)  # (B, S, K, N)
+    own = own.masked_fill(~candidate_mask.unsqueeze(2) | is_own_target, -torch.inf)
+    others = torch.einsum("bskd,ctjd->bskctj", latents, wanted).flatten(3) / temperature  # (B, S, K, B * S * K)
+    rows = torch.arange(len(latents), device=own.device)
+    is_other = (rows.view(-1, 1, 1, 1) != rows.view(1, -1, 1, 1)) & target_mask.unsqueeze(0)  # (B, B, S, K)
+    others = others.masked_fill(~is_other.flatten(1).view(len(rows), 1, 1, -1), -torch.inf)
+    right = (latents * wanted).sum(-1, keepdim=True) / temperature
+    per_latent = torch.cat([right, own, others], dim=-1).logsumexp(-1) - right.squeeze(-1)  # (B, S, K)
+    return _mean_of_samples(per_latent, target_mask)
+
+
+def _mean_of_samples(per_latent: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    """A mean over each sample's targets and then over the samples that have any."""
+    counts = target_mask.sum((1, 2))
+    per_sample = torch.where(target_mask, per_latent, 0).sum((1, 2)) / counts.clamp(min=1)
+    return per_sample.sum() / (counts > 0).sum().clamp(min=1)
 
 
 def token_loss(

@@ -298,6 +298,35 @@ def select_random(inputs: SelectionInputs, span: int, previous: SpanSelection | 
     return SpanSelection(_gather(candidates, indices, mask), mask, indices * mask, _share(used, counts, candidates))
 
 
+def select_changed(inputs: SelectionInputs, span: int, previous: SpanSelection | None = None) -> SpanSelection:
+    """The candidates that differ most from the same places of the picture before (ours).
+
+    The score is the distance of the features over the largest one of the picture; those that together hold `top_p` of
+    the probability are kept, at most K. Where there is no picture before, all candidates count the same.
+
+    Raises:
+        ValueError: if the two pictures have other numbers of candidates: their places cannot be compared.
+    """
+    candidates, exists = inputs.candidates[:, span], inputs.candidate_mask[:, span]
+    before, existed = inputs.picture_before(span)
+    counts, earlier = exists.sum(1), existed.sum(1)  # (B,)
+    compared = (counts > 0) & (earlier > 0)
+    if (counts != earlier)[compared].any():
+        row = int(((counts != earlier) & compared).nonzero()[0])
+        raise ValueError(
+            f"Helper image {span} of row {row} has {int(counts[row])} candidates, the one before {int(earlier[row])}. "
+            "selection_method='changed' compares the same places: give both pictures the same size."
+        )
+    width = candidates.shape[1]
+    before = pad(before, (0, 0, 0, max(0, width - before.shape[1])))[:, :width]
+    distances = (candidates - before).norm(dim=-1).masked_fill(~(exists & compared.unsqueeze(1)), 0)  # (B, N)
+    scores = distances / distances.amax(1, keepdim=True).clamp(min=torch.finfo(distances.dtype).tiny)
+    indices, mask, mass = top_p_selection(
+        scores, exists, top_p=inputs.top_p, max_selected=inputs.max_selected, temperature=inputs.temperature
+    )
+    return SpanSelection(_gather(candidates, indices, mask), mask, indices, mass)
+
+
 class Selector(NamedTuple):
     """A way to select targets.
 
@@ -313,6 +342,7 @@ class Selector(NamedTuple):
 
 SELECTORS = {
     "query_top_p": Selector(select_by_query, reads_teacher=True),
+    "changed": Selector(select_changed),
     "mean_pool": Selector(select_mean_pool),
     "uniform": Selector(select_uniform),
     "random": Selector(select_random),

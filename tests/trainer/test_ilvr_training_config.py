@@ -29,11 +29,17 @@ VARIED = {
     "max_candidates": 2,
     "ce_weight": 0.5,
     "alignment_weight": 2.0,
+    "alignment": "infonce",
+    "alignment_temperature": 1.0,
     "alignment_noise": 1.0,
     "jacobi_iterations": 2,
     "jacobi_gradient_iterations": 1,
 }
-NEEDS = {"jacobi_iterations": {"stage": 2}, "jacobi_gradient_iterations": {"stage": 2, "jacobi_iterations": 2}}
+NEEDS = {
+    "alignment_temperature": {"alignment": "infonce"},
+    "jacobi_iterations": {"stage": 2},
+    "jacobi_gradient_iterations": {"stage": 2, "jacobi_iterations": 2},
+}
 
 
 def log_of(model, processor, folder, **settings) -> list[dict]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ilvr.trainer.losses import alignment_loss, mean_pairwise_cosine, token_loss
+from ilvr.trainer.losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss
 
 
 def test_alignment_is_a_mean_of_sample_means():
@@ -42,3 +42,29 @@ def test_mean_pairwise_cosine():
     assert mean_pairwise_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).item() == pytest.approx(0.0)
     assert mean_pairwise_cosine(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0]])).item() == pytest.approx(1 / 3)
     assert mean_pairwise_cosine(torch.ones(1, 4)).item() == 0.0
+
+
+def test_infonce_by_hand():
+    """One latent between its target (cosine 0.8) and another candidate (0.6), and a second row's target (-1)."""
+    latents = torch.tensor([[[[0.8, 0.6]]], [[[0.0, 2.0]]]])  # (B 2, S 1, K 1, D 2)
+    candidates = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]], [[[-0.8, -0.6], [9.0, 9.0]]]])
+    exists = torch.tensor([[[True, True]], [[True, False]]])
+    indices = torch.zeros(2, 1, 1, dtype=torch.long)
+    targets, mask = candidates[:, :, :1], torch.ones(2, 1, 1, dtype=torch.bool)
+    loss = infonce_loss(latents, targets, mask, candidates, exists, indices, temperature=0.5)
+    first = math.log(1 + math.exp((0.6 - 0.8) / 0.5) + math.exp((-1.0 - 0.8) / 0.5))
+    second = math.log(1 + math.exp((0.0 + 0.6) / 0.5))  # its target has cosine -0.6, the other row's 0
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-5)
+    mask[1] = False  # a row without targets counts neither as a sample nor as a negative
+    alone = infonce_loss(latents, targets, mask, candidates, exists, indices, temperature=0.5)
+    assert alone.item() == pytest.approx(math.log(1 + math.exp((0.6 - 0.8) / 0.5)), rel=1e-5)
+
+
+def test_what_all_features_share_satisfies_a_cosine_and_not_infonce():
+    common = torch.tensor([10.0, 0.0, 0.0])
+    candidates = (common + torch.eye(3)[1:]).view(1, 1, 2, 3)
+    latents, indices = common.view(1, 1, 1, 3), torch.zeros(1, 1, 1, dtype=torch.long)
+    mask, exists = torch.ones(1, 1, 1, dtype=torch.bool), torch.ones(1, 1, 2, dtype=torch.bool)
+    assert alignment_loss(latents, candidates[:, :, :1], mask)[0] < 0.01
+    chosen = (candidates[:, :, :1], mask, candidates, exists, indices)
+    assert infonce_loss(latents, *chosen, temperature=0.1).item() == pytest.approx(math.log(2))

@@ -129,6 +129,22 @@ def test_baselines():
         assert mask.sum() == 6 and sorted(targets[mask].flatten().tolist()) == [0, 1, 2, 3, 4, 5]
 
 
+def test_what_changed_since_the_picture_before():
+    """The user's image, then two boards: candidate 2 moves by 4 and candidate 0 by 1, then candidate 1 by 3."""
+    user = torch.tensor([[[0.0], [1.0], [2.0]]])
+    first, second = torch.tensor([[[1.0], [1.0], [6.0]]]), torch.tensor([[[1.0], [4.0], [6.0]]])
+    candidates, exists = torch.stack([first, second], 1), torch.ones(1, 2, 3, **ALL)
+    options = {"temperature": 0.1, "top_p": 0.9, "encode_user_pictures": lambda: (user, torch.ones(1, 3, **ALL))}
+    targets, mask, indices, mass = select("changed", candidates, exists, 2, **options)
+    assert indices[0, :, 0].tolist() == [2, 1] and mask.tolist() == [[[True, False], [True, False]]]
+    assert targets[0, :, 0, 0].tolist() == [6.0, 4.0]
+    scores = torch.tensor([0.25, 0.0, 1.0]) / 0.1
+    assert mass[0, 0].item() == pytest.approx(scores.softmax(0)[2].item())
+    options["encode_user_pictures"] = lambda: (user[:, :2], torch.ones(1, 2, **ALL))
+    with pytest.raises(ValueError, match="Helper image 0 of row 0 has 3 candidates, the picture before 2"):
+        select("changed", candidates, exists, 2, **options)
+
+
 def test_baselines_of_pictures_of_unequal_size():
     """Two and six candidates in one batch: each picture is cut by its own number."""
     candidates = torch.arange(6.0).view(1, 6, 1).expand(2, 1, 6, 1)

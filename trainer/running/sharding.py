@@ -60,8 +60,8 @@ def prepare_sharding(
     plugin: Any = accelerator.state.fsdp_plugin
     if not plugin.transformer_cls_names_to_wrap:
         # The decoder's layers. A backbone's own list also names layers of its tower, or of towers that it has not.
-        decoder: Any = cast(Any, student).core.get_decoder()
-        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder.layers})
+        core: Any = student.core
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in core.get_decoder().layers})
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading cannot leave modules unsharded, as the frozen vision tower is. Set it to "

@@ -4,6 +4,7 @@ import re
 
 import datasets
 import evaluate
+from evaluate.utils.file_utils import add_start_docstrings
 
 from ilvr.evaluation.intervals import wilson_interval
 
@@ -78,7 +79,7 @@ def _scores(rows: list[tuple[bool, bool, bool]], suffix: str = "") -> dict[str, 
     return {name + suffix: value for name, value in values.items()}
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+@add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class FrozenLake(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
