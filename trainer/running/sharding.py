@@ -1,6 +1,6 @@
 """What the engines that shard a model (accelerate's FSDP2, DeepSpeed ZeRO-3) ask of a trainer with two models."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
