@@ -2,7 +2,7 @@
 
 from .checkpoints import evaluate_checkpoints, score_table
 from .generation import answer_with_latents, generate_answers
-from .metrics import Score, load_metric, scores_by_group
+from .metrics import Score, load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents, patch_similarity
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "generate_answers",
     "load_metric",
     "patch_similarity",
+    "score_each",
     "score_table",
     "scores_by_group",
 ]

@@ -14,7 +14,7 @@ from ilvr.hub_cards import ILVRModelCard, Result
 from ilvr.tasks import Task
 
 from .generation import generate_answers
-from .metrics import load_metric, scores_by_group
+from .metrics import load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents
 
 
@@ -72,7 +72,7 @@ def evaluate_checkpoints(
     draw_latents(
         *(model, processor, few, folder / "latents.png"),
         draw=task.draw,
-        is_right=lambda sample, answer: scores_by_group(score([sample], [answer]))[""].value == 1,
+        is_right=lambda sample, answer: score_each(metric, [answer], [task.reference(sample)])[0],
         **generate_kwargs,
     )
     print(f"Latents of {name} drawn to {folder / 'latents.png'}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import evaluate
 
@@ -23,6 +23,13 @@ def load_metric(name: str) -> evaluate.Metric:
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; choose one of {sorted(METRICS)}.")
     return cast(evaluate.Metric, evaluate.load(str(METRICS[name])))
+
+
+def score_each(metric: evaluate.Metric, answers: list[str], references: list[Any]) -> list[bool]:
+    """Whether each answer is right by itself: whether the metric's first value is 1 for it alone."""
+    # `compute` writes its inputs to a file, which for single answers takes far longer than the metric.
+    results = [metric._compute(predictions=[a], references=[r]) for a, r in zip(answers, references)]
+    return [next(iter(result.values())) == 1 for result in results]
 
 
 @dataclass(frozen=True)

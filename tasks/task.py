@@ -11,18 +11,16 @@ from PIL import Image
 class Task(ABC):
     """Questions about pictures whose answers are known; a folder in `tasks/`, or a class of one's own.
 
-    A question comes in several forms, which differ in what the assistant says, not in what is asked for:
-    `trace` (words and helper images, then the answer), `answer` (the answer alone, for the control) and `base` (what
-    teaches a small backbone to see, of the training split only).
-
-    Three things have no place here yet: conversations that differ from arm to arm of an experiment, the answer that
-    another sample's latents should lead to, and the patch that a latent should follow. They would be further forms of
-    `dataset`, and columns of its `metadata`.
+    A question comes in several forms, which differ in what the assistant says, not in what is asked for: `trace`
+    (words and helper images, then the answer), `answer` (the answer alone, for the control), `text` (the state in
+    words where a trace has a helper image) and `base` (what teaches a small backbone to see, of the training split
+    only). A task has `trace` and `answer`, and as many of the others as it can say; `form` may name further ones.
     """
 
     title: str  # of its results, such as "FrozenLake planning"
     metric: str  # for `ilvr.evaluation.load_metric`
     prompt: str  # an example of a question, for a model card
+    helper_question: str | None = None  # what to ask of a helper image, for `selection_method="answer_gradient"`
 
     @abstractmethod
     def dataset(self, split: str, form: str = "trace") -> Dataset:
@@ -30,7 +28,7 @@ class Task(ABC):
 
         Args:
             split (`str`): `train` or `test`.
-            form (`str`, *optional*, defaults to `"trace"`): `trace`, `answer` or `base`.
+            form (`str`, *optional*, defaults to `"trace"`): `trace`, `answer`, `text`, `base`, or one of the task's.
 
         Returns:
             `Dataset` with the columns of [`~ilvr.data.load_conversations`]. Tests of all forms have the same order.
@@ -47,6 +45,14 @@ class Task(ABC):
     def group(self, sample: dict[str, Any]) -> str:
         """The group of a sample, such as the size of its board; results are pictured for each. One by default."""
         return ""
+
+    def donor_reference(self, sample: dict[str, Any], donor: dict[str, Any]) -> Any | None:
+        """As [`Task.reference`], if the last span of latents of `sample` were that of `donor`; `None` if unknown."""
+        return None
+
+    def followed_patches(self, sample: dict[str, Any]) -> list[int] | None:
+        """The patch of each helper image, in raster order, that its latents should hold; `None` if unknown."""
+        return None
 
     def draw(self, sample: dict[str, Any], answer: str) -> list[tuple[str, Image.Image]]:
         """What the spans of an answer are about, in their order: a caption and a picture of each, to lay latents over.
