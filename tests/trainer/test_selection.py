@@ -141,7 +141,7 @@ def test_what_changed_since_the_picture_before():
     scores = torch.tensor([0.25, 0.0, 1.0]) / 0.1
     assert mass[0, 0].item() == pytest.approx(scores.softmax(0)[2].item())
     options["encode_user_pictures"] = lambda: (user[:, :2], torch.ones(1, 2, **ALL))
-    with pytest.raises(ValueError, match="Helper image 0 of row 0 has 3 candidates, the picture before 2"):
+    with pytest.raises(ValueError, match="Helper image 0 of row 0 has 3 candidates, the one before 2"):
         select("changed", candidates, exists, 2, **options)
 
 
