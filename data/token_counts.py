@@ -42,12 +42,15 @@ class SizeTokenizer:
                 "are processed to count them, which takes as long as processing the images."
             )
 
-    def __call__(self, messages: list[dict[str, Any]], image_sizes: list[Size]) -> tuple[list[int], list[bool]]:
+    def __call__(
+        self, messages: list[dict[str, Any]], image_sizes: list[Size], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Tokenizes a conversation.
 
         Args:
             messages (`list[dict]`): turns with content parts.
             image_sizes (`list[tuple[int, int]]`): (width, height) of all its images, in order.
+            add_generation_prompt (`bool`, *optional*, defaults to `False`): whether an answer is to follow.
 
         Returns:
             `tuple`: the token ids, and for each whether it is the assistant's.
@@ -71,7 +74,12 @@ class SizeTokenizer:
             filled.append({"role": message["role"], "content": content})
         try:
             encoded = (self.processor if self.by_size else self.whole).apply_chat_template(
-                filled, tokenize=True, return_dict=True, return_tensors=None, return_assistant_tokens_mask=True
+                filled,
+                tokenize=True,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=True,
+                return_tensors=None,
+                return_assistant_tokens_mask=True,
             )
         except ValueError as error:
             raise SampleError("messages", f"{error}") from error

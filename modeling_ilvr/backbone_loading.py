@@ -122,6 +122,7 @@ def load_adapter(model_class: Any, name_or_path: str, adapter_config: str, hub: 
     else:
         sizes = {"latent_size": size, "latent_head": saved["latent_head"]}
         model = model_class.from_backbone(base, **sizes, **settings)
+    model.config.latent_norm = saved.get("latent_norm", model.config.latent_norm)
     ids = tuple(saved[f"latent_{token}_token_id"] for token in ("start", "pad", "end"))
     if model.config.latent_token_ids != ids:
         raise ValueError(

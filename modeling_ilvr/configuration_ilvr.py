@@ -10,7 +10,7 @@ LATENT_START_TOKEN = "<|latent_start|>"
 LATENT_PAD_TOKEN = "<|latent_pad|>"
 LATENT_END_TOKEN = "<|latent_end|>"
 LATENT_TOKENS = (LATENT_START_TOKEN, LATENT_PAD_TOKEN, LATENT_END_TOKEN)
-LATENT_HEADS = ("identity", "linear", "mlp")
+LATENT_HEADS = ("identity", "rescale", "linear", "mlp")
 MAX_LATENT_SIZE = 4096  # a span is written out token by token: more is a damaged config
 
 
@@ -24,13 +24,17 @@ class ILVRConfig(PreTrainedConfig):
         latent_size (`int`, *optional*, defaults to 8):
             K, the number of latents in a span (paper, section 4).
         latent_head (`str`, *optional*, defaults to `"identity"`):
-            Map from the last hidden state to the next latent: `"identity"` (the paper), `"linear"` or `"mlp"`.
+            Map from the last hidden state to the next latent: `"identity"` (the paper), `"rescale"` (to the norm
+            `latent_norm`; ours), `"linear"` or `"mlp"`.
+        latent_norm (`float`, *optional*, defaults to 1.0):
+            L2 norm of each latent under `"rescale"`. Stage 1 sets it to the mean norm of the features of helper
+            images, so that what the model feeds back is of the size of what it was trained on.
         latent_start_token_id, latent_pad_token_id, latent_end_token_id (`int`, *optional*):
             Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`.
 
     Raises:
-        ValueError: if `latent_size` is no number from 1 to 4096, `latent_head` is unknown, or the three ids are not
-            different numbers.
+        ValueError: if `latent_size` is no number from 1 to 4096, `latent_head` is unknown, `latent_norm` is not above
+            0, or the three ids are not different numbers.
     """
 
     model_type = "ilvr"
@@ -39,6 +43,7 @@ class ILVRConfig(PreTrainedConfig):
     vlm_config: dict | PreTrainedConfig | None = None
     latent_size: int = 8
     latent_head: str = "identity"
+    latent_norm: float = 1.0
     latent_start_token_id: int | None = None
     latent_pad_token_id: int | None = None
     latent_end_token_id: int | None = None
@@ -52,6 +57,8 @@ class ILVRConfig(PreTrainedConfig):
             )
         if self.latent_head not in LATENT_HEADS:
             raise ValueError(f"`latent_head` must be one of {LATENT_HEADS}, got {self.latent_head!r}.")
+        if not 0 < self.latent_norm < float("inf"):
+            raise ValueError(f"`latent_norm` must be a number above 0, got {self.latent_norm}.")
         ids = (self.latent_start_token_id, self.latent_pad_token_id, self.latent_end_token_id)
         are_ids = all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == 3
         if ids != (None, None, None) and not are_ids:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -78,11 +79,17 @@ class ILVROutput(ModelOutput):
 
 
 class ILVRLatentHead(nn.Module):
-    """Map from the last hidden state to the next latent, (…, D) to (…, D). The paper feeds the state back as it is."""
+    """Map from the last hidden state to the next latent, (…, D) to (…, D). The paper feeds the state back as it is.
 
-    def __init__(self, kind: str, hidden_size: int) -> None:
+    The alignment loss is a cosine and leaves the norm of a latent free: a student that was fed image features would
+    else be fed vectors of another size at inference. `"rescale"` gives each latent the norm `config.latent_norm`.
+    """
+
+    def __init__(self, config: ILVRConfig) -> None:
         super().__init__()
-        if kind == "identity":
+        self.config, kind = config, config.latent_head
+        hidden_size = config.get_text_config().hidden_size
+        if kind in ("identity", "rescale"):
             self.layers = nn.Identity()
         elif kind == "linear":
             self.layers = nn.Linear(hidden_size, hidden_size)
@@ -92,7 +99,10 @@ class ILVRLatentHead(nn.Module):
             )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layers(hidden_states)
+        latents = self.layers(hidden_states)
+        if self.config.latent_head == "rescale":
+            latents = (self.config.latent_norm * normalize(latents.float(), dim=-1)).to(latents.dtype)
+        return latents
 
 
 class ILVRPreTrainedModel(PreTrainedModel):
@@ -130,7 +140,7 @@ class ILVRModel(ILVRPreTrainedModel):
                 f"{type(config.vlm_config).__name__} is not an image-text-to-text backbone that transformers knows; "
                 "ILVR needs one, such as Qwen2.5-VL, Qwen3-VL or SmolVLM."
             ) from error
-        self.latent_head = ILVRLatentHead(config.latent_head, config.get_text_config().hidden_size)
+        self.latent_head = ILVRLatentHead(config)
         self.post_init()
 
     @property
@@ -367,6 +377,8 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         model.model.latent_head.to_empty(device=vlm.device)
         model.model.latent_head.apply(model._init_weights)
         model.model.latent_head.to(vlm.dtype)
+        # A word's size, until stage 1 has measured that of the features it aligns latents with.
+        config.latent_norm = float(vlm.get_input_embeddings().weight.detach().float().norm(dim=-1).mean())
         model.generation_config = vlm.generation_config
         model.tie_weights()
         return model.eval()

@@ -5,6 +5,7 @@ Shapes: B batch, T sequence, S spans, K latents a span, D hidden, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -21,17 +22,18 @@ from ilvr.latent_spans import chunk_bounds
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, prepare_dataset
-from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
+from .inputs.data_preparation import PREPARED_COLUMNS, add_helper_prompts, prepare_dataset
+from .inputs.image_features import cache_images, flatten_features, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
+from .relevance import AnswerGradient, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
 from .running.checks import check_agreement, check_batch_size
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
 from .running.sharding import is_sharded
-from .selection import Selection
-from .target_selection import TargetSelector
+from .selection import SELECTORS, Selection
+from .target_selection import TargetSelector, select_beforehand
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
 from .watching.trackers import SelectionHistogramCallback
 
@@ -109,11 +111,20 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "max_length": args.max_length,
             "num_proc": args.dataset_num_proc,
         }
+        self.keeps_teacher = args.stage == 1
+        asks = self.keeps_teacher and SELECTORS[args.selection_method].asks_teacher
+        asked: dict[str, Any] = {
+            "processor": processing_class,
+            "question": args.helper_question,
+            "num_proc": args.dataset_num_proc,
+        }
         with args.main_process_first(desc="preparation"):
             train_dataset = prepare_dataset(train_dataset, **preparation)
             eval_dataset = _each(eval_dataset, partial(prepare_dataset, **preparation))
+            if asks:
+                train_dataset = add_helper_prompts(train_dataset, **asked)
+                eval_dataset = _each(eval_dataset, partial(add_helper_prompts, **asked))
 
-        self.keeps_teacher = args.stage == 1
         own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)] if self.keeps_teacher else []
         super().__init__(
             model=model,
@@ -132,19 +143,34 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.teacher: MomentumTeacher | None = None
         self.select_targets: TargetSelector | None = None
         if self.keeps_teacher:
-            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay)
+            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=asks)
             self.select_targets = self._target_selector(self.teacher)
         if args.cache_images:
             with args.main_process_first(desc="encoding images"):
                 self.train_dataset = self._cache_images(self.train_dataset)
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._cache_images(dataset))
+        if self.select_targets is not None and args.selection_schedule == "once":
+            with args.main_process_first(desc="selecting targets"):
+                self.train_dataset = self._select_once(self.train_dataset)
+                self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._select_once(dataset))
+        if self.select_targets is not None and self.student.config.latent_head == "rescale":
+            self.student.config.latent_norm = self._feature_norm()
 
     def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
+        asks = SELECTORS[self.args.selection_method].asks_teacher
+        if asks and is_sharded(self.accelerator):
+            raise ValueError(
+                "selection_method='answer_gradient' lets the teacher generate, which a sharded one cannot. Train with "
+                "DDP or ZeRO-2."
+            )
         return TargetSelector(
             self.student.config,
             self.args,
             teacher=teacher,
             core=(self.student.model if self.args.freeze_vision_tower else teacher.model).core,
+            relevance=AnswerGradient(speaking_teacher(self.student, teacher), self.args.max_helper_answer_tokens)
+            if asks
+            else None,
             equal_forwards=is_sharded(self.accelerator),
         )
 
@@ -212,6 +238,11 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 selection.mask.sum(), latent_cosine=cosine, retrieval_at_1=found[selection.mask].float().mean()
             )
             self.record(selection.mask.any(-1).sum(), **selection.statistics())
+            sizes = (
+                latents.norm(dim=-1)[selection.mask] for latents in (outputs.predicted_latents, selection.targets)
+            )
+            fed, aimed = (norms.detach().float().mean() for norms in sizes)
+            self.record(selection.mask.sum(), latent_norm_ratio=fed / aimed)
             self.record(1, target_similarity=mean_pairwise_cosine(selection.targets[selection.mask][:512]))
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
             if num_items_in_batch is not None:
@@ -277,6 +308,44 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             key=weights_key(tower) if self.args.freeze_vision_tower else "pixels",
         )
 
+    def _batch_of(self, rows: list[dict[str, Any]]) -> LatentBatch:
+        """Rows of a prepared data set as a batch on the device, their user images encoded."""
+        inputs = {name: tensor.to(self.accelerator.device) for name, tensor in self.data_collator(rows).items()}
+        batch = LatentBatch.of(inputs)
+        batch.inputs = self.encode_user_images(batch.inputs)
+        return batch
+
+    def _select_once(self, dataset: Any) -> Dataset:
+        """The data set with what the model that training starts from selects."""
+
+        @torch.no_grad()
+        def select(rows: list[dict[str, Any]]) -> Selection | None:
+            with self.accelerator.autocast():
+                return cast(TargetSelector, self.select_targets)(self._batch_of(rows))
+
+        return select_beforehand(dataset, select, key=[weights_key([self.student]), *self._selection_settings()])
+
+    def _selection_settings(self) -> list[Any]:
+        names = ("selection_method", "selection_top_p", "selection_temperature", "max_candidates", "unselected_slots")
+        names = (*names, "helper_question", "max_helper_answer_tokens", "seed")
+        return [self.student.config.latent_size, *(getattr(self.args, name) for name in names)]
+
+    @torch.no_grad()
+    def _feature_norm(self) -> float:
+        """The mean L2 norm of the features of the helper images of some samples."""
+        rows = [row for row in islice(cast(Any, self.train_dataset), 512) if row["num_spans"]][:64]
+        if not rows:
+            raise ValueError(
+                "latent_head='rescale' measures the features of helper images, and the first 512 samples have none. "
+                "Shuffle the data."
+            )
+        norms = []
+        for row in rows:
+            with self.accelerator.autocast():
+                outputs = image_outputs(self._batch_of([row]).helper_inputs, self.student.model.core)
+            norms.append(flatten_features(outputs.pooler_output).float().norm(dim=-1))
+        return float(torch.cat(norms).mean())
+
     @torch.no_grad()
     def _encode_batch(self, inputs: dict[str, torch.Tensor]):
         with self.accelerator.autocast():
@@ -294,6 +363,12 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "The targets of the alignment loss are nearly all alike (mean cosine above 0.99): a cosine loss is "
                 "then satisfied by their common direction. Freeze the vision tower if it is trained, and check that "
                 "the backbone can tell the helper images apart."
+            )
+
+        if not 0.5 < logs.get("latent_norm_ratio", 1) < 2:
+            logger.warning_once(
+                f"What the model would feed back is {logs['latent_norm_ratio']:.3g} times as long as what stage 1 "
+                "feeds it: inference will differ from training. Start the model with latent_head='rescale'."
             )
 
     def save_method_state(self, folder: str) -> None:
@@ -321,6 +396,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "stage": 1,
             "teacher decay": args.teacher_decay,
             "selection": selection,
+            "latent head": self.student.config.latent_head,
             "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment ({args.alignment})",
         }
 

@@ -32,8 +32,19 @@ class ILVRTrainingConfig(SFTConfig):
         teacher_decay (`float`, *optional*, defaults to 0.999):
             Momentum of the teacher.
         selection_method (`str`, *optional*, defaults to `"query_top_p"`):
-            How targets are selected: `"query_top_p"` (paper), `"changed"` (what differs from the picture before;
-            ours), `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
+            How targets are selected: `"query_top_p"` (paper), `"answer_gradient"` (what the teacher's own answer to
+            `helper_question` depends on; ours), `"changed"` (what differs from the picture before; ours),
+            `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
+        selection_schedule (`str`, *optional*, defaults to `"step"`):
+            When they are selected: at each `"step"`, by the moving teacher, or `"once"`, before training, by the model
+            that it starts from.
+        helper_question (`str`, *optional*):
+            What `"answer_gradient"` asks of each helper image, unless a row's `metadata` has `helper_questions`.
+        max_helper_answer_tokens (`int`, *optional*, defaults to 8):
+            At which its answers are cut.
+        unselected_slots (`str`, *optional*, defaults to `"pad"`):
+            What stage 1 puts into the latents behind the selected ones: the embedding of `<|latent_pad|>` (paper), or
+            with `"repeat"` the last target again. Inference feeds a latent into each.
         selection_top_p (`float`, *optional*, defaults to 0.9):
             Probability mass that the selected features hold.
         selection_temperature (`float`, *optional*, defaults to 0.05):
@@ -101,6 +112,17 @@ class ILVRTrainingConfig(SFTConfig):
         default="query_top_p",
         metadata={"help": "How targets are selected from a helper image.", "choices": list(SELECTORS)},
     )
+    selection_schedule: str = field(
+        default="step", metadata={"help": "When targets are selected.", "choices": ["step", "once"]}
+    )
+    helper_question: str | None = field(
+        default=None, metadata={"help": "What selection_method=answer_gradient asks of each helper image."}
+    )
+    max_helper_answer_tokens: int = field(default=8, metadata={"help": "At which its answers are cut."})
+    unselected_slots: str = field(
+        default="pad",
+        metadata={"help": "What is in the latents behind the selected ones.", "choices": ["pad", "repeat"]},
+    )
     selection_top_p: float = field(default=0.9, metadata={"help": "Probability mass of the selected features."})
     selection_temperature: float = field(default=0.05, metadata={"help": "Softmax temperature over the cosines."})
     max_candidates: int = field(default=256, metadata={"help": "Feature groups per helper image."})
@@ -129,6 +151,18 @@ class ILVRTrainingConfig(SFTConfig):
             raise ValueError(f"`stage` must be 1 (alignment) or 2 (relaxation), got {self.stage}.")
         if self.selection_method not in SELECTORS:
             raise ValueError(f"`selection_method` must be one of {list(SELECTORS)}, got {self.selection_method!r}.")
+        if self.selection_schedule not in ("step", "once") or self.unselected_slots not in ("pad", "repeat"):
+            raise ValueError(
+                "`selection_schedule` must be 'step' or 'once' and `unselected_slots` 'pad' or 'repeat', got "
+                f"{self.selection_schedule!r} and {self.unselected_slots!r}."
+            )
+        if self.selection_schedule == "once" and not SELECTORS[self.selection_method].keeps_candidates:
+            raise ValueError(
+                f"`selection_schedule='once'` keeps which candidates are targets, and {self.selection_method!r} makes "
+                "new ones. Set it to 'step'."
+            )
+        if self.max_helper_answer_tokens < 1:
+            raise ValueError(f"`max_helper_answer_tokens` must be at least 1, got {self.max_helper_answer_tokens}.")
         if not 0 <= self.teacher_decay < 1:
             raise ValueError(f"`teacher_decay` must lie in [0, 1), got {self.teacher_decay}.")
         if not 0 < self.selection_top_p <= 1 or self.selection_temperature <= 0:

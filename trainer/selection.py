@@ -57,6 +57,8 @@ class SelectionInputs:
         max_selected (`int`): K.
         top_p (`float`), temperature (`float`): of [`top_p_selection`].
         queries ([`Queries`], *optional*): for selectors that read the teacher, see [`Selector`].
+        relevance (`torch.Tensor` of shape `(B, S, N)`, *optional*): for selectors that ask the teacher about each
+            helper image: how much its answer depends on each candidate, see [`~relevance.AnswerGradient`].
         encode_user_pictures (`Callable`, *optional*): gives the candidates (B, N, D) of each row's last user image
             and their mask (B, N); called only if a selector asks for them.
     """
@@ -67,6 +69,7 @@ class SelectionInputs:
     top_p: float = 0.9
     temperature: float = 0.05
     queries: Queries | None = None
+    relevance: torch.Tensor | None = None
     encode_user_pictures: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @cached_property
@@ -92,7 +95,8 @@ class Selection:
         targets (`torch.Tensor` of shape `(B, S, K, D)`): by falling score, zero where `mask` is false.
         mask (`torch.BoolTensor` of shape `(B, S, K)`): the first K* of each span.
         indices (`torch.LongTensor` of shape `(B, S, K)`): of the targets among the candidates.
-        mass (`torch.Tensor` of shape `(B, S)`): probability that the targets hold.
+        mass (`torch.Tensor` of shape `(B, S)`, *optional*): probability that the targets hold; unknown if they were
+            selected before training.
         candidates (`torch.Tensor` of shape `(B, S, N, D)`): features of the helper images.
         candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`): which candidates exist; none in a span that does not.
     """
@@ -100,7 +104,7 @@ class Selection:
     targets: torch.Tensor
     mask: torch.Tensor
     indices: torch.Tensor
-    mass: torch.Tensor
+    mass: torch.Tensor | None
     candidates: torch.Tensor
     candidate_mask: torch.Tensor
 
@@ -109,7 +113,8 @@ class Selection:
         exists = self.mask.any(-1)  # (B, S)
         counts = self.mask.sum(-1)[exists]  # (spans,)
         shares = {f"selected_{k}": (counts == k).float().mean() for k in range(1, self.mask.shape[-1] + 1)}
-        return {"selected_per_span": counts.float().mean(), "selected_mass": self.mass[exists].mean(), **shares}
+        mass = {} if self.mass is None else {"selected_mass": self.mass[exists].mean()}
+        return {"selected_per_span": counts.float().mean(), **mass, **shares}
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """The candidate (B, S, K) that each of `latents` (B, S, K, D) resembles most, by cosine as in the loss."""
@@ -327,6 +332,36 @@ def select_changed(inputs: SelectionInputs, span: int, previous: SpanSelection |
     return SpanSelection(_gather(candidates, indices, mask), mask, indices, mass)
 
 
+def select_by_answer_gradient(
+    inputs: SelectionInputs, span: int, previous: SpanSelection | None = None
+) -> SpanSelection:
+    """The candidates that the teacher's own answer to a question about the helper image depends on most (ours).
+
+    A candidate's share is its relevance over the sum of all; those that together hold `top_p` are kept, at most K.
+    """
+    assert inputs.relevance is not None  # the selector asks the teacher
+    candidates, exists = inputs.candidates[:, span], inputs.candidate_mask[:, span]
+    relevance = inputs.relevance[:, span]
+    indices, mask, mass = top_p_selection(
+        relevance.clamp(min=torch.finfo(relevance.dtype).tiny).log(),
+        exists,
+        top_p=inputs.top_p,
+        max_selected=inputs.max_selected,
+        temperature=1.0,
+    )
+    return SpanSelection(_gather(candidates, indices, mask), mask, indices, mass)
+
+
+def fill_slots(selected: SpanSelection) -> SpanSelection:
+    """Repeats the last target in the slots behind it, where inference feeds latents, too."""
+    last = (selected.mask.sum(-1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
+    slots = torch.arange(selected.mask.shape[1], device=last.device)
+    slots = torch.minimum(slots.expand_as(selected.mask), last)  # (B, K)
+    targets = selected.targets.gather(1, slots.unsqueeze(-1).expand_as(selected.targets))
+    mask = selected.mask.any(-1, keepdim=True).expand_as(selected.mask)
+    return selected._replace(targets=targets, mask=mask, indices=selected.indices.gather(1, slots))
+
+
 class Selector(NamedTuple):
     """A way to select targets.
 
@@ -334,16 +369,22 @@ class Selector(NamedTuple):
         select (`Callable`): as the functions above.
         reads_teacher (`bool`, *optional*, defaults to `False`): whether it needs the queries of [`SelectionInputs`],
             which cost a forward pass of the teacher.
+        asks_teacher (`bool`, *optional*, defaults to `False`): whether it needs their `relevance`, which costs an
+            answer of the teacher to a question about each helper image, and its gradient.
+        keeps_candidates (`bool`, *optional*, defaults to `True`): whether targets are candidates as they are.
     """
 
     select: Callable[[SelectionInputs, int, SpanSelection | None], SpanSelection]
     reads_teacher: bool = False
+    asks_teacher: bool = False
+    keeps_candidates: bool = True
 
 
 SELECTORS = {
     "query_top_p": Selector(select_by_query, reads_teacher=True),
+    "answer_gradient": Selector(select_by_answer_gradient, asks_teacher=True),
     "changed": Selector(select_changed),
-    "mean_pool": Selector(select_mean_pool),
+    "mean_pool": Selector(select_mean_pool, keeps_candidates=False),
     "uniform": Selector(select_uniform),
     "random": Selector(select_random),
 }

@@ -3,14 +3,17 @@
 Shapes: B batch, T sequence, S spans, K latents a span, N candidates of a picture, D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch
+from .inputs.data_preparation import HELPER_PROMPTS, TARGET_INDICES, side_by_side
 from .inputs.image_features import flatten_features, image_outputs
 from .selection import (
     SELECTORS,
@@ -18,12 +21,53 @@ from .selection import (
     Selection,
     SelectionInputs,
     SpanSelection,
+    fill_slots,
     global_query,
     group_candidates,
     masked_mean,
     pad_candidates,
     span_text_masks,
 )
+
+
+def select_beforehand(
+    dataset: Any, select: Callable[[list[dict[str, Any]]], Selection | None], *, key: list[Any]
+) -> Dataset:
+    """Selects the targets of a whole data set, and keeps which candidates they are.
+
+    Args:
+        dataset (`Dataset`): of [`prepare_dataset`].
+        select (`Callable`): what is selected for some of its rows.
+        key (`list`): all that the selection follows from beside the data; an earlier one with the same is taken again.
+
+    Returns:
+        `Dataset`: with a column of `TARGET_INDICES`, for each span those of its targets.
+
+    Raises:
+        ValueError: for a streaming data set.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("selection_schedule='once' needs all data at hand; set it to 'step' for a stream.")
+    if TARGET_INDICES in dataset.column_names:
+        return dataset
+
+    def selected(rows: dict[str, list]) -> dict[str, list]:
+        examples = [dict(zip(rows, values)) for values in zip(*rows.values())]
+        selection = select(examples)
+        found = [] if selection is None else selection.indices.where(selection.mask, -1).tolist()
+        spans = [row[: example["num_spans"]] for row, example in zip(found or [[]] * len(examples), examples)]
+        return {TARGET_INDICES: [[[i for i in span if i >= 0] for span in row] for row in spans]}
+
+    added = dataset.map(
+        selected,
+        batched=True,
+        batch_size=64,
+        remove_columns=dataset.column_names,
+        features=Features({TARGET_INDICES: List(List(Value("int32")))}),
+        new_fingerprint=Hasher.hash([dataset._fingerprint, key]),  # hashing the function would pickle the model
+        desc="Selecting targets",
+    )
+    return side_by_side(dataset.remove_columns([c for c in (HELPER_PROMPTS,) if c in dataset.column_names]), added)
 
 
 class TargetSelector:
@@ -33,6 +77,7 @@ class TargetSelector:
         config ([`ILVRConfig`]): of the model.
         args ([`ILVRTrainingConfig`]): names the method and its settings.
         teacher (`Callable`): the model whose hidden states ask, as [`MomentumTeacher`]; called like [`ILVRModel`].
+        relevance (`Callable`, *optional*): an [`AnswerGradient`], for selectors that ask the teacher about pictures.
         core (`PreTrainedModel`): the backbone whose vision tower encodes the pictures.
         equal_forwards (`bool`, *optional*, defaults to `False`): whether the teacher runs for batches without spans,
             too, because other ranks gather its weights from this one.
@@ -45,10 +90,12 @@ class TargetSelector:
         *,
         teacher: Callable,
         core: Any,
+        relevance: Callable | None = None,
         equal_forwards: bool = False,
     ) -> None:
         self.config, self.args = config, args
         self.teacher, self.core, self.equal_forwards = teacher, core, equal_forwards
+        self.relevance = relevance
         self.selector = SELECTORS[args.selection_method]
 
     @torch.no_grad()
@@ -68,26 +115,44 @@ class TargetSelector:
             if self.selector.reads_teacher and self.equal_forwards:
                 self._teacher_states(inputs, num_spans)
             return None
-        candidates, candidate_mask = self._candidates(batch.helper_inputs, counts)
+        outputs = image_outputs(batch.helper_inputs, self.core)
+        pictures = flatten_features(outputs.pooler_output).float().split(batch.helper_inputs["image_lengths"].tolist())
+        candidates, candidate_mask = self._laid_out(pictures, counts)
+        if batch.target_indices is not None:
+            return self._selected_before(batch.target_indices, candidates, candidate_mask)
+        relevance = None
+        if self.selector.asks_teacher:
+            assert self.relevance is not None
+            own = [patches.unsqueeze(-1) for patches in self.relevance(batch.helper_inputs, outputs)]
+            relevance = self._laid_out(own, counts)[0].squeeze(-1)
         looked_at = SelectionInputs(
             candidates,
             candidate_mask,
             max_selected=self.config.latent_size,
             top_p=self.args.selection_top_p,
             temperature=self.args.selection_temperature,
+            relevance=relevance,
             queries=self._queries(inputs, batch.assistant_mask, num_spans) if self.selector.reads_teacher else None,
             encode_user_pictures=partial(self._user_pictures, batch),
         )
         spans: list[SpanSelection] = []
         for span in range(num_spans):
-            spans.append(self.selector.select(looked_at, span, spans[-1] if spans else None))
+            selected = self.selector.select(looked_at, span, spans[-1] if spans else None)
+            spans.append(fill_slots(selected) if self.args.unselected_slots == "repeat" else selected)
         return Selection(*(torch.stack(parts, dim=1) for parts in zip(*spans)), candidates, candidate_mask)
 
-    def _candidates(self, helper_inputs: dict, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates of the helper images of each row, (B, S, N, D), and their mask."""
-        features = flatten_features(image_outputs(helper_inputs, self.core).pooler_output).float()
-        pictures = features.split(helper_inputs["image_lengths"].tolist())
+    def _laid_out(self, pictures: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is known of each patch of the helper images, in groups, by row and span: (B, S, N, D), and a mask."""
         return pad_candidates([group_candidates(own, self.args.max_candidates) for own in pictures], counts)
+
+    def _selected_before(
+        self, indices: torch.Tensor, candidates: torch.Tensor, candidate_mask: torch.Tensor
+    ) -> Selection:
+        """The candidates of `indices` (B, S, K), -1 for none."""
+        mask = indices >= 0
+        indices = indices.clamp(min=0)
+        chosen = candidates.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, candidates.shape[-1]))
+        return Selection(chosen * mask.unsqueeze(-1), mask, indices, None, candidates, candidate_mask)
 
     def _user_pictures(self, batch: LatentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates (B, N, D) of each row's last user image, and their mask; none exist in a row without images."""

@@ -30,11 +30,12 @@ class MomentumTeacher:
         student ([`ILVRModel`]): without the head, and not wrapped. Adapters of PEFT are trained weights like others:
             over a frozen base the teacher costs one fp32 copy of them.
         decay (`float`): 0.999 in the paper.
+        keeps_head (`bool`, *optional*, defaults to `False`): whether it is asked for words, and needs the head.
     """
 
-    def __init__(self, student: torch.nn.Module, decay: float) -> None:
+    def __init__(self, student: torch.nn.Module, decay: float, keeps_head: bool = False) -> None:
         self.decay = decay
-        unused = _unused_modules(student)
+        unused = _unused_modules(student, keeps_head)
         names = dict(student.named_parameters(remove_duplicate=False))
         used = {id(p) for name, p in names.items() if not name.startswith(unused)}
         shared = [p for p in names.values() if not p.requires_grad or id(p) not in used]
@@ -115,10 +116,10 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _unused_modules(student: Any) -> tuple[str, ...]:
+def _unused_modules(student: Any, keeps_head: bool) -> tuple[str, ...]:
     """Prefixes of the parts that the teacher has no use for."""
     head = student.vlm.get_output_embeddings()
-    unused = [name for name, module in student.named_modules() if module is head]
+    unused = [name for name, module in student.named_modules() if module is head and not keeps_head]
     vision = vision_modules(student)
     if not any(p.requires_grad for name in vision for p in student.get_submodule(name).parameters()):
         unused += vision

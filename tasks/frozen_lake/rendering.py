@@ -37,7 +37,7 @@ def render_with_gymnasium(
 
 
 @cache
-def _tile(letter: str, has_player: bool, last_move: str | None) -> np.ndarray:
+def tile(letter: str, has_player: bool, last_move: str | None) -> np.ndarray:
     """The (64, 64, 3) pixels of one cell, cut out of a 2x2 board drawn by gymnasium."""
     boards = {"S": ("SF", "FG"), "G": ("GF", "FS"), "F": ("FS", "GF"), "H": ("HS", "GF")}
     player = (0, 0) if has_player else (1, 1)
@@ -63,5 +63,5 @@ def render_board(board: FrozenLakeMap, player: Cell | None = None, last_move: st
             here = (row, column) == player
             facing = last_move if here and board[player] != HOLE else None
             top, left = row * CELL_PIXELS, column * CELL_PIXELS
-            pixels[top : top + CELL_PIXELS, left : left + CELL_PIXELS] = _tile(board[row, column], here, facing)
+            pixels[top : top + CELL_PIXELS, left : left + CELL_PIXELS] = tile(board[row, column], here, facing)
     return Image.fromarray(pixels)

@@ -19,6 +19,7 @@ from helpers import (
     perturb,
     prefix_recompute,
 )
+from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration, ILVRProcessor
@@ -190,7 +191,22 @@ def test_later_image_in_the_sequence(model, processor, backbone_name):
     torch.testing.assert_close(model(**inputs, **exact).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", ["identity", "linear", "mlp"])
+@every_backbone
+def test_rescaled_latents_have_the_norm_of_the_config(backbone_dir, processor):
+    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="rescale").double()
+    words = model.get_input_embeddings().weight.norm(dim=-1).mean().item()
+    assert model.config.latent_norm == pytest.approx(words)  # until stage 1 measures the features'
+    model.config.latent_norm = 7.0
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in encode(processor, SPAN_SAMPLES).items()}
+    outputs = model(**inputs)
+    exists = outputs.latent_inputs.any(-1)
+    torch.testing.assert_close(outputs.latent_inputs[exists].norm(dim=-1).double(), torch.full((12,), 7.0).double())
+    plain = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3).double()
+    state = plain(**inputs).predicted_latents[:, 0, 0]  # before the first latent, both have read the same
+    torch.testing.assert_close(outputs.predicted_latents[:, 0, 0], 7 * normalize(state, dim=-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["identity", "rescale", "linear", "mlp"])
 def test_save_and_load_with_perturbed_weights(backbone_dir, processor, tmp_path, head):
     model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head=head), seed=2)
     model.save_pretrained(tmp_path)
@@ -232,6 +248,9 @@ def test_bad_configurations_are_refused(backbone_dir, tmp_path, model):
         ILVRConfig(latent_size=0)
     with pytest.raises(ValueError, match="latent_head"):
         ILVRConfig(latent_head="conv")
+    for norm in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="latent_norm"):
+            ILVRConfig(latent_norm=norm)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="ILVR checkpoint already"):
         ILVRForConditionalGeneration.from_backbone(tmp_path)

@@ -5,15 +5,17 @@ B batch, T sequence, S spans, K latents a span.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.data.data_collator import DataCollatorMixin
 
 from ilvr import ILVRProcessor
 from ilvr.data.images import open_image
 
-from .data_preparation import HELPER_IMAGES, USER_IMAGES
+from .data_preparation import HELPER_IMAGES, HELPER_PROMPTS, TARGET_INDICES, USER_IMAGES
 from .image_tensors import encode_helper_images, encode_images, merge_images, unpack
 
 
@@ -66,7 +68,9 @@ class LatentDataCollator(DataCollatorMixin):
         `dict`: `input_ids`, `attention_mask`, `assistant_mask`, `labels`, `shift_labels` (B, T), `mm_token_type_ids`
         if the backbone has it, the processor's tensors of the user images with `image_lengths` (images,), the tokens
         of each, and `images_per_row` (B,); and, prefixed by `helper_`, the tensors of the helper images. Features in
-        place of pixels if they are cached. [`LatentBatch`] takes it apart.
+        place of pixels if they are cached. Where the samples have them: `helper_prompt_ids` and `helper_prompt_mask`
+        (helper images, T), what is asked of each, padded on the left; `target_indices` (B, S, K), the patches that
+        were selected, -1 for none. [`LatentBatch`] takes it apart.
     """
 
     processor: ILVRProcessor
@@ -104,8 +108,28 @@ class LatentDataCollator(DataCollatorMixin):
         batch |= {**merge_images(user), "images_per_row": torch.tensor(counts)}
         if self.helper_images:
             helper = merge_images([self._image_tensors(row, HELPER_IMAGES, encode_helper_images) for row in examples])
+            helper |= self._helper_prompts(examples)
             batch |= {HELPER_PREFIX + name: tensor for name, tensor in helper.items()}
+            if TARGET_INDICES in examples[0]:
+                batch[TARGET_INDICES] = self._target_indices(examples)
         return batch
+
+    def _helper_prompts(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        prompts = [torch.tensor(prompt) for row in examples for prompt in row.get(HELPER_PROMPTS) or ()]
+        if not prompts:
+            return {}
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        return {
+            "prompt_ids": pad(prompts, padding_value=self.processor.tokenizer.pad_token_id),
+            "prompt_mask": pad([torch.ones_like(prompt) for prompt in prompts]),
+        }
+
+    def _target_indices(self, examples: list[dict]) -> torch.Tensor:
+        size = self.processor.latent_size
+        rows = [[[*span, *[-1] * (size - len(span))] for span in row[TARGET_INDICES]] for row in examples]
+        num_spans = max(map(len, rows))
+        filled = [[*row, *[[-1] * size] * (num_spans - len(row))] for row in rows]
+        return torch.tensor(filled).view(len(rows), num_spans, size)
 
     def _image_tensors(self, example: dict, column: str, encode: Callable) -> dict[str, torch.Tensor]:
         if isinstance(example[column], bytes):
@@ -130,6 +154,7 @@ class LatentBatch:
         shift_labels (`torch.LongTensor` of shape `(B, T)`): the next token at each column, -100 for no loss.
         images_per_row (`torch.LongTensor` of shape `(B,)`): images of the user.
         image_lengths (`torch.LongTensor` of shape `(images,)`, *optional*): tokens of each of them.
+        target_indices (`torch.LongTensor` of shape `(B, S, K)`, *optional*): what was selected before training.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -138,6 +163,7 @@ class LatentBatch:
     shift_labels: torch.Tensor
     images_per_row: torch.Tensor
     image_lengths: torch.Tensor | None = None
+    target_indices: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor]) -> "LatentBatch":

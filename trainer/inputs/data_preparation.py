@@ -3,6 +3,8 @@
 No pixel is touched here: tokens are counted from the headers of the images.
 """
 
+import json
+from functools import cache
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -19,6 +21,8 @@ from ilvr.data.token_counts import SizeTokenizer, check_spans
 logger = logging.get_logger(__name__)
 
 USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"
+# What some ways of selecting targets add: the ids of what is asked of each helper image, and what was selected.
+HELPER_PROMPTS, TARGET_INDICES = "helper_prompts", "target_indices"
 # What preparation adds to a data set: ids, and which of its images are the user's and which are helper images.
 FEATURES = Features(
     {
@@ -30,7 +34,7 @@ FEATURES = Features(
         HELPER_IMAGES: List(Value("int32")),
     }
 )
-PREPARED_COLUMNS = (*FEATURES, "images")
+PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, "images")
 
 
 def prepare_dataset(
@@ -110,8 +114,79 @@ def _prepare(dataset: Any, columns: list[str], processor: ILVRProcessor, name: s
         new_fingerprint=Hasher.hash([dataset._fingerprint, processor_key(processor)]),
         desc=f"Preparing {name} data",
     )
-    # Side by side: what the samples hold already is not written again.
-    joined = concatenate_datasets([dataset.remove_columns([c for c in FEATURES if c in columns]), added], axis=1)
+    return side_by_side(dataset.remove_columns([c for c in FEATURES if c in columns]), added)
+
+
+def add_helper_prompts(
+    dataset: Any, processor: ILVRProcessor, *, question: str | None, name: str = "train", num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Adds what is asked of each helper image, as ids: the picture, the question, and the start of an answer.
+
+    Args:
+        dataset: of [`prepare_dataset`].
+        processor ([`ILVRProcessor`]).
+        question (`str`, *optional*): asked of each helper image, unless a row's `metadata` holds `helper_questions`,
+            a list with one for each.
+        name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as there.
+
+    Raises:
+        ValueError: if there is no question for a helper image, or the images are cached already.
+    """
+    columns = _columns(dataset, name)
+    if HELPER_PROMPTS in columns or TARGET_INDICES in columns:
+        return dataset
+    if "images" not in columns:
+        raise ValueError(
+            f"The images of the {name} data are cached, without the questions to ask of them. Cache them with the "
+            "selection_method that asks."
+        )
+    dataset = undecoded(dataset, "images")
+    arguments = {"tokenizer": SizeTokenizer(processor), "question": question, "name": name}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_helper_prompts, with_indices=True, fn_kwargs=arguments)
+    read = [column for column in ("images", HELPER_IMAGES, "metadata") if column in columns]
+    added = dataset.select_columns(read).map(
+        _helper_prompts,
+        with_indices=True,
+        fn_kwargs=arguments,
+        remove_columns=read,
+        features=Features({HELPER_PROMPTS: List(List(Value("int32")))}),
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash([dataset._fingerprint, processor_key(processor), question]),
+        desc=f"Asking of {name} helper images",
+    )
+    return side_by_side(dataset, added)
+
+
+def _helper_prompts(
+    sample: dict, index: int, *, tokenizer: SizeTokenizer, question: str | None, name: str
+) -> dict[str, list]:
+    own = json.loads(sample.get("metadata") or "{}").get("helper_questions")
+    helpers = sample[HELPER_IMAGES]
+    questions = [question] * len(helpers) if own is None else own
+    if len(questions) != len(helpers) or not all(isinstance(text, str) and text for text in questions):
+        raise ValueError(
+            f"Sample {index} of the {name} data has {len(helpers)} helper images and the questions {questions!r:.80}. "
+            "Set helper_question, or give each row's metadata a list `helper_questions`, one text for each image."
+        )
+    ask = _asker(tokenizer)
+    sizes = [image_size(sample["images"][i], f"Sample {index} of the {name} data, image {i}") for i in helpers]
+    return {HELPER_PROMPTS: [ask(text, size) for text, size in zip(questions, sizes)]}
+
+
+@cache
+def _asker(tokenizer: SizeTokenizer):
+    @cache
+    def ask(question: str, size: tuple[int, int]) -> list[int]:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        return tokenizer(asked, [size], add_generation_prompt=True)[0]
+
+    return ask
+
+
+def side_by_side(dataset: Dataset, added: Dataset) -> Dataset:
+    """A data set with the columns of another of as many rows; what it holds already is not written again."""
+    joined = concatenate_datasets([dataset, added], axis=1)
     return Dataset(joined.data, joined.info, joined.split, fingerprint=f"{added._fingerprint}-ilvr")
 
 

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from ilvr.data.images import open_image
 
-from .data_preparation import FEATURES, HELPER_IMAGES, USER_IMAGES, processor_key
+from .data_preparation import FEATURES, HELPER_IMAGES, HELPER_PROMPTS, USER_IMAGES, processor_key
 from .image_tensors import encode_helper_images, encode_images, merge_images, pack
 
 
@@ -107,7 +107,8 @@ def cache_images(
             encoded[column] = [pack(row, dtype) for row in _features(tensors, encode_batch)]
         return encoded
 
-    kept = [name for name in FEATURES if name not in (USER_IMAGES, HELPER_IMAGES)]
+    kept = [name for name in (*FEATURES, HELPER_PROMPTS) if name not in (USER_IMAGES, HELPER_IMAGES)]
+    kept = [name for name in kept if name in dataset.column_names]
     binary = {USER_IMAGES: Value("binary"), HELPER_IMAGES: Value("binary")}
     settings = [dataset._fingerprint, key, str(dtype), helper_images, encode_batch is None, processor_key(processor)]
     fingerprint = Hasher.hash(settings)  # hashing the function would pickle the model
@@ -119,7 +120,7 @@ def cache_images(
         batch_size=32,
         writer_batch_size=32,
         remove_columns=[name for name in dataset.column_names if name not in kept],
-        features=Features({**{name: FEATURES[name] for name in kept}, **binary}),
+        features=Features({**{name: dataset.features[name] for name in kept}, **binary}),
         new_fingerprint=fingerprint,
         cache_file_name=str(folder / f"{fingerprint}.arrow"),  # for data in memory, too
         desc="Encoding images",

@@ -39,7 +39,7 @@ def complete_peft_config(peft_config: Any, model: Any, *, freeze_vision: bool) -
     """
     peft_config = copy.deepcopy(peft_config)
     saved = list(getattr(peft_config, "modules_to_save", None) or [])
-    if model.config.latent_head != "identity" and "latent_head" not in saved:
+    if model.config.latent_head in ("linear", "mlp") and "latent_head" not in saved:
         peft_config.modules_to_save = saved = [*saved, "latent_head"]
     if hasattr(peft_config, "trainable_token_indices") and peft_config.trainable_token_indices is None:
         ids = model.config.latent_token_ids

@@ -128,8 +128,9 @@ class SelectionDrawingCallback(TrainerCallback):
                 grid = token_grid(lengths[number], image.size, None if self.grids is None else self.grids[number])
                 num_candidates = int(selection.candidate_mask[b, s].sum())
                 chosen = (selection.indices[b, s, mask].tolist(), nearest[b, s, mask].tolist())
+                mass = "" if selection.mass is None else f"mass {selection.mass[b, s]:.2f}, "
                 caption = (
-                    f"sample {b + 1}, span {s + 1}: K* = {len(chosen[0])}, mass {selection.mass[b, s]:.2f}, "
+                    f"sample {b + 1}, span {s + 1}: K* = {len(chosen[0])}, {mass}"
                     f"cosine of latents and targets {cosines[b, s, mask].mean():.2f}"
                 )
                 rows.append((caption, selection_row(image, grid, num_candidates, *chosen)))
