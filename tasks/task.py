@@ -11,10 +11,12 @@ from PIL import Image
 class Task(ABC):
     """Questions about pictures whose answers are known; a folder in `tasks/`, or a class of one's own.
 
-    A question comes in several forms, which differ in what the assistant says, not in what is asked for: `trace`
-    (words and helper images, then the answer), `answer` (the answer alone, for the control), `text` (the state in
-    words where a trace has a helper image) and `base` (what teaches a small backbone to see, of the training split
-    only). A task has `trace` and `answer`, and as many of the others as it can say; `form` may name further ones.
+    A question comes in several forms, which differ in what the assistant says, not in what is asked for; each is an
+    arm of a comparison, see `tasks/forms.py`: `trace` (words and helper images, then the answer), `answer` (the answer
+    alone), `text` (the state in words where a trace has a helper image), `text_equal` (the same in as many words as a
+    latent span has positions) and `pads` (as many words without a meaning). `base` is what teaches a small backbone to
+    see, of the training split only. A task has `trace` and `answer`, and as many of the others as it can say; `form`
+    may name further ones, and a form that a task does not have is refused.
     """
 
     title: str  # of its results, such as "FrozenLake planning"
@@ -28,10 +30,14 @@ class Task(ABC):
 
         Args:
             split (`str`): `train` or `test`.
-            form (`str`, *optional*, defaults to `"trace"`): `trace`, `answer`, `text`, `base`, or one of the task's.
+            form (`str`, *optional*, defaults to `"trace"`): one of those above, or the task's own.
 
         Returns:
-            `Dataset` with the columns of [`~ilvr.data.load_conversations`]. Tests of all forms have the same order.
+            `Dataset` with the columns of [`~ilvr.data.load_conversations`]. All forms of a split but `base` have the
+            same questions in the same order.
+
+        Raises:
+            ValueError: for a split or a form that the task does not have.
         """
 
     @abstractmethod
