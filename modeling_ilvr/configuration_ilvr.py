@@ -27,8 +27,8 @@ class ILVRConfig(PreTrainedConfig):
             Map from the last hidden state to the next latent: `"identity"` (the paper), `"rescale"` (to the norm
             `latent_norm`; ours), `"linear"` or `"mlp"`.
         latent_norm (`float`, *optional*, defaults to 1.0):
-            L2 norm of each latent under `"rescale"`. Stage 1 sets it to the mean norm of the features of helper
-            images, so that what the model feeds back is of the size of what it was trained on.
+            L2 norm of each latent under `"rescale"`. Stage 1 sets it to the mean norm of its targets, so that what the
+            model feeds back is of the size of what it was trained on.
         latent_start_token_id, latent_pad_token_id, latent_end_token_id (`int`, *optional*):
             Ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`.
 

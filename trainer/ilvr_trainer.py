@@ -23,7 +23,7 @@ from ilvr.latent_spans import chunk_bounds
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
 from .inputs.data_preparation import PREPARED_COLUMNS, add_helper_prompts, prepare_dataset
-from .inputs.image_features import cache_images, flatten_features, image_outputs, weights_key, without_pixels
+from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
 from .relevance import AnswerGradient, speaking_teacher
@@ -154,7 +154,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 self.train_dataset = self._select_once(self.train_dataset)
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._select_once(dataset))
         if self.select_targets is not None and self.student.config.latent_head == "rescale":
-            self.student.config.latent_norm = self._feature_norm()
+            self.student.config.latent_norm = self._target_norm()
 
     def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
         asks = SELECTORS[self.args.selection_method].asks_teacher
@@ -331,8 +331,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return [self.student.config.latent_size, *(getattr(self.args, name) for name in names)]
 
     @torch.no_grad()
-    def _feature_norm(self) -> float:
-        """The mean L2 norm of the features of the helper images of some samples."""
+    def _target_norm(self) -> float:
+        """The mean L2 norm of the targets of some samples."""
         rows = [row for row in islice(cast(Any, self.train_dataset), 512) if row["num_spans"]][:64]
         if not rows:
             raise ValueError(
@@ -340,10 +340,10 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "Shuffle the data."
             )
         norms = []
-        for row in rows:
+        for start in range(0, len(rows), 16):
             with self.accelerator.autocast():
-                outputs = image_outputs(self._batch_of([row]).helper_inputs, self.student.model.core)
-            norms.append(flatten_features(outputs.pooler_output).float().norm(dim=-1))
+                selection = cast(TargetSelector, self.select_targets)(self._batch_of(rows[start : start + 16]))
+            norms.append(cast(Selection, selection).targets.norm(dim=-1)[cast(Selection, selection).mask])
         return float(torch.cat(norms).mean())
 
     @torch.no_grad()

@@ -33,12 +33,12 @@ class ILVRTrainingConfig(SFTConfig):
             Momentum of the teacher.
         selection_method (`str`, *optional*, defaults to `"query_top_p"`):
             How targets are selected: `"query_top_p"` (paper), `"answer_gradient"` (what the teacher's own answer to
-            `helper_question` depends on; ours), `"changed"` (what differs from the picture before; ours),
+            `helper_question` depends on; ours), `"change"` (what differs from the picture before; ours),
             `"mean_pool"` (as Mirage), `"uniform"` or `"random"`.
         selection_schedule (`str`, *optional*, defaults to `"step"`):
             When they are selected: at each `"step"`, by the moving teacher, or `"once"`, before training, by the model
             that it starts from.
-        helper_question (`str`, *optional*):
+        helper_question (`str`, *optional*, defaults to `None`):
             What `"answer_gradient"` asks of each helper image, unless a row's `metadata` has `helper_questions`.
         max_helper_answer_tokens (`int`, *optional*, defaults to 8):
             At which its answers are cut.

@@ -22,6 +22,7 @@ def speaking_teacher(student: Any, teacher: MomentumTeacher) -> ILVRForCondition
     """The student's class around the teacher's weights, so that it can generate; nothing is copied."""
     speaker = copy.copy(student)
     speaker._modules = {**student._modules, "model": teacher.model}
+    speaker.__dict__.pop("forward", None)  # TRL patches the student's instance
     speaker.training = False
     return speaker
 
@@ -105,5 +106,5 @@ class AnswerGradient:
     def _is_said(self, answer: torch.Tensor) -> torch.Tensor:
         """Where an answer (R, T) has a token: up to its first end, included."""
         ends = self.model.generation_config.eos_token_id
-        ended = torch.isin(answer, torch.tensor(ends, device=answer.device)).int()
+        ended = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device)).int()
         return (ended.cumsum(1) - ended) == 0

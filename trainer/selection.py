@@ -111,7 +111,10 @@ class Selection:
     def statistics(self) -> dict[str, torch.Tensor]:
         """Means over the spans: K*, the share of spans with each K* from 1 to K, and the selected mass."""
         exists = self.mask.any(-1)  # (B, S)
-        counts = self.mask.sum(-1)[exists]  # (spans,)
+        repeats = (
+            self.indices.diff(dim=-1, prepend=torch.full_like(self.indices[..., :1], -1)) == 0
+        )  # see `fill_slots`
+        counts = (self.mask & ~repeats).sum(-1)[exists]  # (spans,)
         shares = {f"selected_{k}": (counts == k).float().mean() for k in range(1, self.mask.shape[-1] + 1)}
         mass = {} if self.mass is None else {"selected_mass": self.mass[exists].mean()}
         return {"selected_per_span": counts.float().mean(), **mass, **shares}
@@ -303,7 +306,7 @@ def select_random(inputs: SelectionInputs, span: int, previous: SpanSelection | 
     return SpanSelection(_gather(candidates, indices, mask), mask, indices * mask, _share(used, counts, candidates))
 
 
-def select_changed(inputs: SelectionInputs, span: int, previous: SpanSelection | None = None) -> SpanSelection:
+def select_change(inputs: SelectionInputs, span: int, previous: SpanSelection | None = None) -> SpanSelection:
     """The candidates that differ most from the same places of the picture before (ours).
 
     The score is the distance of the features over the largest one of the picture; those that together hold `top_p` of
@@ -320,7 +323,7 @@ def select_changed(inputs: SelectionInputs, span: int, previous: SpanSelection |
         row = int(((counts != earlier) & compared).nonzero()[0])
         raise ValueError(
             f"Helper image {span} of row {row} has {int(counts[row])} candidates, the one before {int(earlier[row])}. "
-            "selection_method='changed' compares the same places: give both pictures the same size."
+            "selection_method='change' compares the same places: give both pictures the same size."
         )
     width = candidates.shape[1]
     before = pad(before, (0, 0, 0, max(0, width - before.shape[1])))[:, :width]
@@ -383,7 +386,7 @@ class Selector(NamedTuple):
 SELECTORS = {
     "query_top_p": Selector(select_by_query, reads_teacher=True),
     "answer_gradient": Selector(select_by_answer_gradient, asks_teacher=True),
-    "changed": Selector(select_changed),
+    "change": Selector(select_change),
     "mean_pool": Selector(select_mean_pool, keeps_candidates=False),
     "uniform": Selector(select_uniform),
     "random": Selector(select_random),

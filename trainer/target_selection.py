@@ -112,7 +112,7 @@ class TargetSelector:
         counts = (inputs["input_ids"] == self.config.latent_start_token_id).sum(1)  # (B,): spans of each row
         num_spans = int(counts.max())
         if not num_spans:
-            if self.selector.reads_teacher and self.equal_forwards:
+            if self.selector.reads_teacher and self.equal_forwards and batch.target_indices is None:
                 self._teacher_states(inputs, num_spans)
             return None
         outputs = image_outputs(batch.helper_inputs, self.core)
@@ -137,8 +137,9 @@ class TargetSelector:
         )
         spans: list[SpanSelection] = []
         for span in range(num_spans):
-            selected = self.selector.select(looked_at, span, spans[-1] if spans else None)
-            spans.append(fill_slots(selected) if self.args.unselected_slots == "repeat" else selected)
+            spans.append(self.selector.select(looked_at, span, spans[-1] if spans else None))
+        if self.args.unselected_slots == "repeat":
+            spans = [fill_slots(selected) for selected in spans]
         return Selection(*(torch.stack(parts, dim=1) for parts in zip(*spans)), candidates, candidate_mask)
 
     def _laid_out(self, pictures: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,10 @@ VARIED = {
     "selection_top_p": 0.3,
     "selection_temperature": 5.0,
     "max_candidates": 2,
+    "selection_schedule": "once",
+    "helper_question": "Plan a path",
+    "max_helper_answer_tokens": 1,
+    "unselected_slots": "repeat",
     "ce_weight": 0.5,
     "alignment_weight": 2.0,
     "alignment": "infonce",
@@ -35,7 +39,11 @@ VARIED = {
     "jacobi_iterations": 2,
     "jacobi_gradient_iterations": 1,
 }
+ASKED = {"selection_method": "answer_gradient", "helper_question": "Right"}
 NEEDS = {
+    "helper_question": ASKED,
+    "max_helper_answer_tokens": ASKED,
+    "unselected_slots": {"selection_top_p": 0.3},
     "alignment_temperature": {"alignment": "infonce"},
     "jacobi_iterations": {"stage": 2},
     "jacobi_gradient_iterations": {"stage": 2, "jacobi_iterations": 2},
@@ -52,9 +60,10 @@ def log_of(model, processor, folder, **settings) -> list[dict]:
 
 @pytest.mark.parametrize("field", VARIED)
 def test_every_field_of_the_config_has_an_effect(model, processor, tmp_path, field):
-    plain = log_of(model, processor, tmp_path, **NEEDS.get(field, {}))
-    assert log_of(model, processor, tmp_path, **NEEDS.get(field, {}), **{field: VARIED[field]}) != plain
-    assert log_of(model, processor, tmp_path, **NEEDS.get(field, {})) == plain  # the control
+    needed = NEEDS.get(field, {})
+    plain = log_of(model, processor, tmp_path, **needed)
+    assert log_of(model, processor, tmp_path, **{**needed, field: VARIED[field]}) != plain
+    assert log_of(model, processor, tmp_path, **needed) == plain  # the control
 
 
 def test_the_list_of_fields_is_complete():

@@ -10,6 +10,8 @@ from ilvr.trainer.selection import (
     Queries,
     Selection,
     SelectionInputs,
+    SpanSelection,
+    fill_slots,
     global_query,
     group_candidates,
     masked_mean,
@@ -135,14 +137,14 @@ def test_what_changed_since_the_picture_before():
     first, second = torch.tensor([[[1.0], [1.0], [6.0]]]), torch.tensor([[[1.0], [4.0], [6.0]]])
     candidates, exists = torch.stack([first, second], 1), torch.ones(1, 2, 3, **ALL)
     options = {"temperature": 0.1, "top_p": 0.9, "encode_user_pictures": lambda: (user, torch.ones(1, 3, **ALL))}
-    targets, mask, indices, mass = select("changed", candidates, exists, 2, **options)
+    targets, mask, indices, mass = select("change", candidates, exists, 2, **options)
     assert indices[0, :, 0].tolist() == [2, 1] and mask.tolist() == [[[True, False], [True, False]]]
     assert targets[0, :, 0, 0].tolist() == [6.0, 4.0]
     scores = torch.tensor([0.25, 0.0, 1.0]) / 0.1
     assert mass[0, 0].item() == pytest.approx(scores.softmax(0)[2].item())
     options["encode_user_pictures"] = lambda: (user[:, :2], torch.ones(1, 2, **ALL))
     with pytest.raises(ValueError, match="Helper image 0 of row 0 has 3 candidates, the one before 2"):
-        select("changed", candidates, exists, 2, **options)
+        select("change", candidates, exists, 2, **options)
 
 
 def test_baselines_of_pictures_of_unequal_size():
@@ -169,6 +171,42 @@ def test_statistics_of_a_selection_by_hand():
     found = {name: value.item() for name, value in make_selection().statistics().items()}
     expected = {"selected_per_span": 5 / 3, "selected_mass": 0.8, "selected_1": 1 / 3, "selected_2": 2 / 3}
     assert found == pytest.approx(expected)
+
+
+def test_slots_behind_the_last_target_repeat_it():
+    targets = torch.tensor([[[1.0], [2.0], [0.0]], [[3.0], [0.0], [0.0]], [[0.0], [0.0], [0.0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]], **ALL)
+    indices = torch.tensor([[4, 7, 1], [5, 2, 2], [0, 0, 0]])
+    filled = fill_slots(SpanSelection(targets, mask, indices, torch.ones(3)))
+    assert filled.targets.squeeze(-1).tolist() == [[1, 2, 2], [3, 3, 3], [0, 0, 0]]
+    assert filled.mask.tolist() == [[True] * 3, [True] * 3, [False] * 3]
+    assert filled.indices[:2].tolist() == [[4, 7, 7], [5, 5, 5]]
+
+
+def test_statistics_count_a_repeated_target_once():
+    selection = make_selection()
+    expected = {name: value.item() for name, value in selection.statistics().items()}
+    spans = [
+        SpanSelection(selection.targets[:, s], selection.mask[:, s], selection.indices[:, s], selection.mass[:, s])
+        for s in (0, 1)
+    ]
+    filled = [torch.stack(parts, 1) for parts in zip(*map(fill_slots, spans))]
+    repeated = Selection(*filled, selection.candidates, selection.candidate_mask)
+    assert repeated.mask.sum() > selection.mask.sum()
+    assert {name: value.item() for name, value in repeated.statistics().items()} == pytest.approx(expected)
+
+
+def test_answer_gradient_by_hand():
+    """Relevances 6, 3 and 1: shares 0.6, 0.3 and 0.1; a candidate that does not exist is not taken."""
+    candidates = torch.arange(4.0).view(1, 1, 4, 1)
+    exists = torch.tensor([[[True, True, True, False]]])
+    relevance = torch.tensor([[[1.0, 6.0, 3.0, 99.0]]])
+    targets, mask, indices, mass = select("answer_gradient", candidates, exists, 3, top_p=0.8, relevance=relevance)
+    assert indices[0, 0, :2].tolist() == [1, 2] and mask.tolist() == [[[True, True, False]]]
+    assert targets.flatten().tolist() == [1.0, 2.0, 0.0] and mass.item() == pytest.approx(0.9)
+    nothing = torch.zeros_like(relevance)
+    _, mask, _, mass = select("answer_gradient", candidates, exists, 1, top_p=0.8, relevance=nothing)
+    assert mask.all() and mass.item() == pytest.approx(1 / 3)
 
 
 def test_nearest_candidate_by_hand():

@@ -4,16 +4,22 @@ import copy
 
 import pytest
 import torch
-from helpers import SAMPLES, make_trainer
+from datasets import Dataset
+from helpers import SAMPLES, encode, generate, make_dataset, make_sample, make_trainer, perturb
 
-from ilvr.trainer import ILVRTrainingConfig
+from ilvr import ILVRForConditionalGeneration
+from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, TARGET_INDICES
 from ilvr.trainer.selection import SELECTORS, Selector, select_uniform
 from ilvr.trainer.watching.selection_drawing import compare_latents
 
 
+ASKED = {"helper_question": "Up Left Down", "max_helper_answer_tokens": 2}
+
+
 def selected(model, processor, folder, method):
     torch.manual_seed(0)
-    trainer = make_trainer(copy.deepcopy(model), processor, folder, selection_method=method)
+    trainer = make_trainer(copy.deepcopy(model), processor, folder, selection_method=method, **ASKED)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     return compare_latents(trainer, batch)[0]
 
@@ -38,13 +44,13 @@ def test_a_new_selector_is_a_function_and_a_line(model, processor, tmp_path, mon
     """It sees the picture before: the user's image at first, then the helper image of the span before."""
     seen = []
 
-    def select_changed(inputs, span, previous):
+    def select_change(inputs, span, previous):
         before, mask = inputs.picture_before(span)
         seen.append((span, before, mask, previous))
         return select_uniform(inputs, span)
 
-    monkeypatch.setitem(SELECTORS, "changed", Selector(select_changed))
-    selection = selected(model, processor, tmp_path, "changed")
+    monkeypatch.setitem(SELECTORS, "change", Selector(select_change))
+    selection = selected(model, processor, tmp_path, "change")
     assert [span for span, *_ in seen] == list(range(selection.mask.shape[1]))
     assert seen[0][3] is None and seen[1][3].targets.equal(selection.targets[:, 0])
     assert seen[1][1].equal(selection.candidates[:, 0])
@@ -59,7 +65,135 @@ def test_a_new_selector_is_a_function_and_a_line(model, processor, tmp_path, mon
 def test_baselines_take_no_forward_of_the_teacher(model, processor, tmp_path):
     calls = []
     for method in SELECTORS:
-        trainer = make_trainer(copy.deepcopy(model), processor, tmp_path, selection_method=method, max_steps=1)
+        settings = {"selection_method": method, "max_steps": 1, **ASKED}
+        trainer = make_trainer(copy.deepcopy(model), processor, tmp_path, **settings)
         trainer.teacher.model.register_forward_hook(lambda *_, method=method: calls.append(method))
         trainer.train()
-    assert calls == ["query_top_p"]
+    asking = {method for method, selector in SELECTORS.items() if selector.reads_teacher or selector.asks_teacher}
+    assert set(calls) == asking and calls.count("query_top_p") == 1
+
+
+# ------------------------------------------------------------------------------------------- once, before training
+
+
+MIXED = [*SAMPLES[:5], make_sample(["Right"])]  # of one to three helper images, and none
+
+
+@pytest.mark.parametrize("method", ["query_top_p", "answer_gradient", "change"])
+@pytest.mark.parametrize("cache_images", [False, True])
+def test_what_is_selected_once_is_what_the_first_step_selects(model, processor, tmp_path, method, cache_images):
+    settings = {"selection_method": method, "cache_images": cache_images, "selection_temperature": 0.3, **ASKED}
+    stepwise = make_trainer(copy.deepcopy(model), processor, tmp_path, MIXED, **settings)
+    once = make_trainer(model, processor, tmp_path, MIXED, selection_schedule="once", **settings)
+    # One row at a time: what is padded along must not matter.
+    for row, known in zip(stepwise.train_dataset, once.train_dataset, strict=True):
+        expected = stepwise.select_targets(stepwise._batch_of([row]))
+        found = once.select_targets(once._batch_of([known]))
+        if expected is None:
+            assert found is None and known[TARGET_INDICES] == []
+            continue
+        torch.testing.assert_close(found.targets, expected.targets)
+        assert found.mask.equal(expected.mask) and known[TARGET_INDICES] == [
+            span[mask].tolist() for span, mask in zip(expected.indices[0], expected.mask[0])
+        ]
+        assert found.candidates.equal(expected.candidates) and HELPER_PROMPTS not in known
+
+
+def test_what_was_selected_once_stays_while_the_teacher_moves(model, processor, tmp_path):
+    settings = {"teacher_decay": 0.0, "max_steps": 2, "selection_method": "answer_gradient", **ASKED}
+    found = {}
+    for schedule in ("step", "once"):
+        trainer = make_trainer(
+            copy.deepcopy(model), processor, tmp_path / schedule, selection_schedule=schedule, **settings
+        )
+        batch = trainer._batch_of([trainer.train_dataset[i] for i in range(4)])
+        before = trainer.select_targets(batch).targets
+        trainer.train()
+        found[schedule] = before.equal(trainer.select_targets(batch).targets)
+    assert found == {"step": False, "once": True}
+
+
+def test_what_was_selected_once_is_found_again(model, processor, tmp_path, monkeypatch):
+    """By data, weights and settings; other weights and other settings select anew."""
+    dataset = Dataset.from_generator(lambda: iter(SAMPLES), features=make_dataset().features)
+    calls = []
+    batch_of = ILVRTrainer._batch_of
+    monkeypatch.setattr(ILVRTrainer, "_batch_of", lambda *args: calls.append(args) or batch_of(*args))
+
+    def start(model, **settings):
+        calls.clear()
+        make_trainer(model, processor, tmp_path, dataset=dataset, selection_schedule="once", **settings)
+        return len(calls)
+
+    assert start(copy.deepcopy(model)) and not start(copy.deepcopy(model)) and not start(model, learning_rate=1.0)
+    assert start(copy.deepcopy(model), selection_top_p=0.3) and start(copy.deepcopy(model), unselected_slots="repeat")
+    assert start(copy.deepcopy(model), selection_method="change")
+    assert start(perturb(model, scale=1e-3))
+
+
+@pytest.mark.parametrize("cache_images", [False, True])
+def test_a_run_that_selects_once_resumes_exactly(model, processor, tmp_path, cache_images):
+    settings = {"selection_method": "answer_gradient", "selection_schedule": "once", "max_steps": 4, **ASKED}
+    settings |= {"cache_images": cache_images, "teacher_decay": 0.9}
+    whole_model, first_model = copy.deepcopy(model), copy.deepcopy(model)
+    make_trainer(whole_model, processor, tmp_path / "a", **settings).train()
+    make_trainer(first_model, processor, tmp_path / "b", save_strategy="steps", save_steps=2, **settings).train()
+    resumed = make_trainer(model, processor, tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    for (name, a), b in zip(whole_model.named_parameters(), model.parameters()):
+        assert a.equal(b), name
+
+
+def test_what_cannot_be_selected_once_or_asked_is_refused(model, processor, tmp_path, monkeypatch):
+    stream = make_dataset().to_iterable_dataset()
+    with pytest.raises(ValueError, match="selection_schedule='once' needs all data at hand; set it to 'step'"):
+        make_trainer(model, processor, tmp_path, dataset=stream, selection_schedule="once")
+    with pytest.raises(ValueError, match="keeps which candidates are targets, and 'mean_pool' makes new ones"):
+        make_trainer(model, processor, tmp_path, selection_schedule="once", selection_method="mean_pool")
+    with pytest.raises(ValueError, match="Sample 0 .* 1 helper images and the questions .*Set helper_question"):
+        make_trainer(model, processor, tmp_path, selection_method="answer_gradient")
+    cached = make_trainer(copy.deepcopy(model), processor, tmp_path, cache_images=True).train_dataset
+    with pytest.raises(ValueError, match="images of the train data are cached, without the questions"):
+        make_trainer(model, processor, tmp_path, dataset=cached, selection_method="answer_gradient", **ASKED)
+    monkeypatch.setattr("ilvr.trainer.ilvr_trainer.is_sharded", lambda accelerator: True)
+    with pytest.raises(ValueError, match="lets the teacher generate, which a sharded one cannot. Train with DDP"):
+        make_trainer(model, processor, tmp_path, selection_method="answer_gradient", **ASKED)
+
+
+# ----------------------------------------------------------------------------- what stage 1 feeds and generation feeds
+
+
+@pytest.mark.parametrize("slots", ["pad", "repeat"])
+def test_stage_1_feeds_what_generation_feeds(backbone_dir, processor, tmp_path, slots):
+    """Latents of the same norm, and a latent in each slot: with "pad" there are slots that hold none."""
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="rescale"))
+    settings = {"unselected_slots": slots, "selection_method": "change", "selection_top_p": 0.5}
+    trainer = make_trainer(model, processor, tmp_path, **settings)
+    batch = trainer._batch_of(list(trainer.train_dataset))
+    selection = trainer.select_targets(batch)
+    targets = {"latent_values": selection.targets, "latent_mask": selection.mask}
+    fed = model(**batch.inputs, **targets).latent_inputs[selection.mask.any(-1)]  # (spans, K, D)
+    outputs = generate(
+        model.eval(),
+        encode(processor, SAMPLES[:3], "left", prompt_only=True),
+        output_latents=True,
+        return_dict_in_generate=True,
+    )
+    own = torch.cat(outputs.latents)
+    padding = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+    is_pad = (fed == padding).all(-1)
+    assert len(own) and is_pad.any() == (slots == "pad") and not (own == padding).all(-1).any()
+    norms = fed[~is_pad].norm(dim=-1)
+    torch.testing.assert_close(own.norm(dim=-1), norms.mean().expand(own.shape[:-1]), rtol=1e-3, atol=0)
+
+
+def test_latents_that_are_too_long_are_warned_of(model, processor, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("ilvr.trainer.ilvr_trainer.logger.warning_once", messages.append)
+    with torch.no_grad():
+        model.model.core.get_decoder().norm.weight.mul_(100)
+    trainer = make_trainer(model, processor, tmp_path, max_steps=1)
+    trainer.train()
+    ratio = trainer.state.log_history[0]["latent_norm_ratio"]
+    assert ratio > 10
+    assert any(f"{ratio:.3g} times as long" in message and "latent_head='rescale'" in message for message in messages)

@@ -1,0 +1,153 @@
+"""What in a picture the model's own answer depends on."""
+
+import pytest
+import torch
+from helpers import make_dataset, make_sample, make_trainer
+
+from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
+from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
+from ilvr.trainer.relevance import AnswerGradient
+
+
+BACKBONES = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
+SAMPLE = make_sample(["Right", "Down", "Up Left"])  # two helper images
+QUESTIONS = ["Where is the goal?", "Right"]  # of different lengths, so that one is padded
+
+
+@pytest.fixture
+def asked(model, processor):
+    """The model in double precision, for differences, and a batch of two pictures with a question about each."""
+    model = model.double().eval()
+    rows = make_dataset([{**SAMPLE, "metadata": '{"helper_questions": ["Where is the goal?", "Right"]}'}])
+    rows = add_helper_prompts(prepare_dataset(rows, processor, stage=1), processor, question=None)
+    return model, helper_inputs(rows[0], processor)
+
+
+def helper_inputs(row, processor):
+    from ilvr.trainer.inputs.data_collator import LatentBatch, LatentDataCollator
+
+    inputs = LatentBatch.of(LatentDataCollator(processor)([row])).helper_inputs
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def ask_about(model, processor, image, question):
+    """Inputs for a question about a picture, made by the processor: (1, T)."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def differences(model, inputs, max_new_tokens):
+    """Norms (N,) of the gradient of the log-probability of the model's own answer, from differences: each number of
+    each patch is moved a little to both sides."""
+    prompt, step = inputs["input_ids"].shape[1], 1e-2  # norms are computed in single precision
+    pixels = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    no_spans = {"suppress_tokens": [model.config.latent_start_token_id]}
+    answer = model.generate(**pixels, do_sample=False, max_new_tokens=max_new_tokens, **no_spans)[:, prompt:]
+    outputs = image_outputs(pixels, model.model.core)
+    features = flatten_features(outputs.pooler_output)
+    deepstack = getattr(outputs, "deepstack_features", None)
+
+    def log_prob(features):
+        outputs.pooler_output = [features]
+        if deepstack is not None:
+            outputs.deepstack_features = deepstack
+        grown = {k: v for k, v in pixels.items() if not k.startswith("pixel")}
+        for name in ("attention_mask", "mm_token_type_ids"):
+            if name in grown:
+                grown[name] = torch.cat([grown[name], torch.full_like(answer, name == "attention_mask")], dim=1)
+        grown["input_ids"] = torch.cat([pixels["input_ids"], answer], dim=1)
+        logits = model(**grown, mm_encoder_outputs={"image": outputs}, use_cache=False).logits[:, prompt - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).sum()
+
+    found = torch.zeros_like(features)
+    with torch.no_grad():
+        for place in range(features.numel()):
+            moved = torch.zeros_like(features).flatten()
+            moved[place] = step
+            moved = moved.view_as(features)
+            found.view(-1)[place] = (log_prob(features + moved) - log_prob(features - moved)) / (2 * step)
+    return found.norm(dim=-1)
+
+
+def test_relevance_is_the_norm_of_the_answers_gradient(asked, processor):
+    """Two pictures at once, a padded question: each as by differences, alone, on inputs of the processor."""
+    model, inputs = asked
+    assert (inputs["prompt_mask"] == 0).any() and len(inputs["prompt_ids"]) == 2
+    relevances = AnswerGradient(model, 3)(inputs, image_outputs(inputs, model.model.core))
+    for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances):
+        expected = differences(model, ask_about(model, processor, image, question), 3).float()
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-6)
+        assert expected.max() > 1.05 * expected.min() > 0
+
+
+def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
+    """Answers of different lengths in a batch: each picture as alone, and what comes after the end has no say."""
+    model, inputs = asked
+    outputs = image_outputs(inputs, model.model.core)
+    answers = []
+    generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda *a, **k: answers.append(generate(*a, **k)) or answers[-1])
+    whole = AnswerGradient(model, 4)(inputs, outputs)
+    said = answers[0][:, inputs["prompt_ids"].shape[1] :]
+    # The second word of the first answer becomes the end; the other row must not say it as early.
+    end = int(said[0, 1])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end])
+    cut = AnswerGradient(model, 4)(inputs, outputs)
+    length = [row.tolist().index(end) + 1 if end in row else 4 for row in said]
+    assert length[0] <= 2
+    for row, found in enumerate(cut):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+        only_words = AnswerGradient(model, length[row])(inputs, outputs)[row]
+        torch.testing.assert_close(found, only_words, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(cut[0], whole[0], rtol=1e-2)
+
+
+def test_many_pictures_are_taken_a_few_at_a_time(asked, monkeypatch):
+    model, inputs = asked
+    outputs = image_outputs(inputs, model.model.core)
+    whole = AnswerGradient(model, 3)(inputs, outputs)
+    monkeypatch.setattr("ilvr.trainer.relevance.TOKENS_AT_ONCE", 1)
+    for one, other in zip(AnswerGradient(model, 3)(inputs, outputs), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_teacher_is_asked_and_not_the_student(model, processor, tmp_path):
+    settings = {"selection_method": "answer_gradient", "helper_question": "Right", "max_helper_answer_tokens": 3}
+    trainer = make_trainer(model, processor, tmp_path, **settings)
+    batch = trainer._batch_of([trainer.train_dataset[i] for i in range(2)])
+    ask = trainer.select_targets.relevance
+    outputs = image_outputs(batch.helper_inputs, trainer.select_targets.core)
+    before = torch.cat(ask(batch.helper_inputs, outputs))
+    with torch.no_grad():
+        for weight in trainer.teacher.parameters():
+            weight.mul_(1.1)
+        after = torch.cat(ask(batch.helper_inputs, outputs))
+        for weight in model.model.core.get_decoder().parameters():
+            weight.mul_(1.1)
+    assert not torch.allclose(after, before, rtol=1e-3)
+    torch.testing.assert_close(torch.cat(ask(batch.helper_inputs, outputs)), after)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_each_helper_image_needs_a_question(processor):
+    rows = prepare_dataset(make_dataset([SAMPLE, make_sample(["Up"])]), processor, stage=1)
+    with pytest.raises(ValueError, match=r"Sample 0 of the train data has 2 helper images and .*\[None, None\]. Set"):
+        add_helper_prompts(rows, processor, question=None)
+    asked = add_helper_prompts(rows, processor, question="Where?")
+    assert [len(row) for row in asked[HELPER_PROMPTS]] == [2, 0]
+    few = rows.add_column("metadata", ['{"helper_questions": ["Where?"]}', "{}"])
+    with pytest.raises(ValueError, match=r"Sample 0 .* 2 helper images and the questions \['Where\?'\]"):
+        add_helper_prompts(few, processor, question="Where?")
+
+
+def test_prompts_of_helper_images_are_those_of_the_processor(model, processor):
+    rows = prepare_dataset(make_dataset([SAMPLE]), processor, stage=1)
+    asked = add_helper_prompts(rows, processor, question="Where is the goal?")
+    expected = ask_about(model, processor, SAMPLE["images"][1], "Where is the goal?")["input_ids"][0].tolist()
+    assert asked[HELPER_PROMPTS][0] == [expected, expected]
