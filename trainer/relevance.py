@@ -32,8 +32,9 @@ class AnswerGradient:
     Relevance of each patch of a picture to a question about it (ours).
 
     The model is shown the picture and asked the question; it answers greedily. The relevance of a patch is the norm of
-    the gradient of the answer's log-probability with respect to the patch's feature: which patch would change what I
-    say? No label is read.
+    the gradient of the answer's log-probability with respect to the patch's state in the decoder, summed over the
+    layers: which patch would change what I say? No label is read. At the feature that enters the decoder the gradient
+    is less telling: it also has what the first layer does with all patches alike.
 
     Args:
         model ([`ILVRForConditionalGeneration`]): sees and answers; its weights need no gradient.
@@ -97,11 +98,14 @@ class AnswerGradient:
             )
         with torch.enable_grad():
             flat = flat.requires_grad_()
-            logits = self.model(**inputs(ids, flat), use_cache=False).logits[:, prompts.shape[1] - 1 : -1].float()
+            outputs = self.model(**inputs(ids, flat), use_cache=False, output_hidden_states=True)
+            logits = outputs.logits[:, prompts.shape[1] - 1 : -1].float()
             answer = ids[:, prompts.shape[1] :]
             log_probs = logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)  # (R, answer)
-            (gradient,) = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), flat)
-        return list(gradient.float().norm(dim=-1).split([len(own) for own in features]))
+            states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
+            gradients = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), states)
+        norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
+        return list(norms[ids == config.image_token_id].split([len(own) for own in features]))
 
     def _is_said(self, answer: torch.Tensor) -> torch.Tensor:
         """Where an answer (R, T) has a token: up to its first end, included."""
