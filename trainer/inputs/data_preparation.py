@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
@@ -113,7 +112,7 @@ def _check_prepared(dataset: Any, processor: ILVRProcessor, name: str) -> None:
     seen = 0
     for table in tables:
         spans, ids = table["num_spans"].to_numpy(), table["input_ids"].combine_chunks()
-        ends = np.cumsum(pc.list_value_length(ids).to_numpy())
+        ends = np.cumsum(ids.value_lengths().to_numpy())
         for token_id, expected in ((start_id, spans), (pad_id, spans * processor.latent_size)):
             places = np.flatnonzero(ids.flatten().to_numpy() == token_id)
             found = np.bincount(np.searchsorted(ends, places, side="right"), minlength=len(spans))
