@@ -6,7 +6,7 @@ from helpers import make_dataset, make_sample, make_trainer
 
 from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
 from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
-from ilvr.trainer.relevance import AnswerGradient
+from ilvr.trainer.relevance import AnswerAttention, AnswerGradient
 
 
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -28,6 +28,12 @@ def helper_inputs(row, processor):
 
     inputs = LatentBatch.of(LatentDataCollator(processor)([row])).helper_inputs
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def eagerly(model, inputs):
+    """In single precision: eager attention masks padding by the least number, which is none in another precision."""
+    model.float().set_attn_implementation("eager")
+    return model, {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def ask_about(model, processor, image, question):
@@ -86,6 +92,27 @@ def test_relevance_is_the_norm_of_the_answers_gradient(asked, processor):
         assert expected.max() > 1.05 * expected.min() > 0
 
 
+def test_relevance_is_the_attention_of_the_answer(asked, processor):
+    """The columns that say the answer, the last of the prompt and the first two of three words, on inputs of the
+    processor for one picture; a mean over layers and heads."""
+    model, inputs = asked
+    with pytest.raises(ValueError, match="'sdpa' returns none. Load the model with attn_implementation='eager'"):
+        AnswerAttention(model, 3)
+    model, inputs = eagerly(model, inputs)
+    relevances = AnswerAttention(model, 3)(inputs, image_outputs(inputs, model.model.core))
+    for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances, strict=True):
+        alone = ask_about(model, processor, image, question)
+        expected, prompt = 0, alone["input_ids"].shape[1]
+        for words in range(3):
+            options = {"max_new_tokens": words + 1, "suppress_tokens": [model.config.latent_start_token_id]}
+            answered = model.generate(
+                **alone, do_sample=False, output_attentions=True, return_dict_in_generate=True, **options
+            )
+            steps = [torch.stack(layers)[:, 0, :, -1].mean((0, 1)) for layers in answered.attentions]  # (T so far,)
+            expected = expected + steps[-1][:prompt][alone["input_ids"][0] == model.config.image_token_id] / 3
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-6)
+
+
 def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
     """Answers of different lengths in a batch: each picture as alone, and what comes after the end has no say."""
     model, inputs = asked
@@ -108,12 +135,15 @@ def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
     assert not torch.allclose(cut[0], whole[0], rtol=1e-2)
 
 
-def test_many_pictures_are_taken_a_few_at_a_time(asked, monkeypatch):
+@pytest.mark.parametrize("relevance", [AnswerGradient, AnswerAttention])
+def test_many_pictures_are_taken_a_few_at_a_time(asked, monkeypatch, relevance):
     model, inputs = asked
+    model, inputs = eagerly(model, inputs)
     outputs = image_outputs(inputs, model.model.core)
-    whole = AnswerGradient(model, 3)(inputs, outputs)
+    whole = relevance(model, 3)(inputs, outputs)
     monkeypatch.setattr("ilvr.trainer.relevance.TOKENS_AT_ONCE", 1)
-    for one, other in zip(AnswerGradient(model, 3)(inputs, outputs), whole, strict=True):
+    monkeypatch.setattr("ilvr.trainer.relevance.WEIGHTS_AT_ONCE", 1)
+    for one, other in zip(relevance(model, 3)(inputs, outputs), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
