@@ -22,11 +22,11 @@ from ilvr.latent_spans import chunk_bounds
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, add_helper_prompts, prepare_dataset
+from .inputs.data_preparation import PREPARED_COLUMNS, add_followed_patches, add_helper_prompts, prepare_dataset
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
-from .relevance import AnswerGradient, speaking_teacher
+from .relevance import RELEVANCES, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
 from .running.checks import check_agreement, check_batch_size
 from .running.durable_trainer import DurableTrainer
@@ -124,6 +124,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             if asks:
                 train_dataset = add_helper_prompts(train_dataset, **asked)
                 eval_dataset = _each(eval_dataset, partial(add_helper_prompts, **asked))
+            if self.keeps_teacher:
+                known = {
+                    "required": SELECTORS[args.selection_method].reads_followed,
+                    "num_proc": args.dataset_num_proc,
+                }
+                train_dataset = add_followed_patches(train_dataset, **known)
+                eval_dataset = _each(eval_dataset, partial(add_followed_patches, **known))
 
         own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)] if self.keeps_teacher else []
         super().__init__(
@@ -160,15 +167,17 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         asks = SELECTORS[self.args.selection_method].asks_teacher
         if asks and is_sharded(self.accelerator):
             raise ValueError(
-                "selection_method='answer_gradient' lets the teacher generate, which a sharded one cannot. Train with "
-                "DDP or ZeRO-2."
+                f"selection_method={self.args.selection_method!r} lets the teacher generate, which a sharded one "
+                "cannot. Train with DDP or ZeRO-2."
             )
         return TargetSelector(
             self.student.config,
             self.args,
             teacher=teacher,
             core=(self.student.model if self.args.freeze_vision_tower else teacher.model).core,
-            relevance=AnswerGradient(speaking_teacher(self.student, teacher), self.args.max_helper_answer_tokens)
+            relevance=RELEVANCES[self.args.selection_method](
+                speaking_teacher(self.student, teacher), self.args.max_helper_answer_tokens
+            )
             if asks
             else None,
             equal_forwards=is_sharded(self.accelerator),
@@ -238,6 +247,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 selection.mask.sum(), latent_cosine=cosine, retrieval_at_1=found[selection.mask].float().mean()
             )
             self.record(selection.mask.any(-1).sum(), **selection.statistics())
+            followed = selection.holds_followed()
+            self.record(len(followed), followed_share=followed.float().mean())
             sizes = (
                 latents.norm(dim=-1)[selection.mask] for latents in (outputs.predicted_latents, selection.targets)
             )

@@ -1,10 +1,12 @@
-"""What in a picture the model's own answer depends on: the norm of the answer's gradient.
+"""What in a picture the model's own answer depends on: by the answer's gradient, or by its attention.
 
-R pictures, N tokens of a picture, T columns, D hidden, V vocabulary.
+R pictures, N tokens of a picture, T columns, A columns of an answer, D hidden, V vocabulary.
 """
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ import torch
 from ilvr import ILVRForConditionalGeneration
 
 from .inputs.image_features import ImageFeatures, flatten_features
+from .selection import masked_mean
 from .teacher import MomentumTeacher
 
 
 TOKENS_AT_ONCE = 16384  # columns of a forward with gradient: what fits beside a training step
+WEIGHTS_AT_ONCE = 2**20  # pairs of columns of a forward that keeps the attention of all layers
 
 
 def speaking_teacher(student: Any, teacher: MomentumTeacher) -> ILVRForConditionalGeneration:
@@ -27,14 +31,12 @@ def speaking_teacher(student: Any, teacher: MomentumTeacher) -> ILVRForCondition
     return speaker
 
 
-class AnswerGradient:
+class AnswerRelevance(ABC):
     """
     Relevance of each patch of a picture to a question about it (ours).
 
-    The model is shown the picture and asked the question; it answers greedily. The relevance of a patch is the norm of
-    the gradient of the answer's log-probability with respect to the patch's state in the decoder, summed over the
-    layers: which patch would change what I say? No label is read. At the feature that enters the decoder the gradient
-    is less telling: it also has what the first layer does with all patches alike.
+    The model is shown the picture and asked the question; it answers greedily. What a patch has to do with that answer
+    is what a subclass measures. No label is read.
 
     Args:
         model ([`ILVRForConditionalGeneration`]): sees and answers; its weights need no gradient.
@@ -62,14 +64,28 @@ class AnswerGradient:
         deepstack = getattr(outputs, "deepstack_features", None) or ()
         layers = [flatten_features([layer] if isinstance(layer, torch.Tensor) else layer) for layer in deepstack]
         layers = [layer.split(lengths) for layer in layers]
-        columns = helper_inputs["prompt_ids"].shape[1] + self.max_new_tokens
-        at_once = max(1, TOKENS_AT_ONCE // columns)
+        at_once = self._at_once(helper_inputs["prompt_ids"].shape[1] + self.max_new_tokens)
         found: list[torch.Tensor] = []
         for start in range(0, len(lengths), at_once):
             part = slice(start, start + at_once)
             tensors = {k: v[part] for k, v in helper_inputs.items() if len(v) == len(lengths)}
             found += self._of_some(tensors, list(features[part]), [list(layer[part]) for layer in layers])
         return found
+
+    @abstractmethod
+    def _at_once(self, columns: int) -> int:
+        """How many pictures with questions of so many columns fit beside a training step."""
+
+    @abstractmethod
+    def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """The relevance of each patch of some pictures, one after the other.
+
+        Args:
+            forward (`Callable`): the model's outputs for the ids and the features of these pictures.
+            features (`torch.Tensor` of shape `(N of all, D)`): of the pictures.
+            ids (`torch.LongTensor` of shape `(R, T)`): questions and answers.
+            start (`int`): the column at which answers start.
+        """
 
     def _of_some(
         self, tensors: dict[str, torch.Tensor], features: list[torch.Tensor], layers: list[list[torch.Tensor]]
@@ -96,19 +112,68 @@ class AnswerGradient:
                 max_new_tokens=self.max_new_tokens,
                 suppress_tokens=[config.latent_start_token_id],
             )
-        with torch.enable_grad():
-            flat = flat.requires_grad_()
-            outputs = self.model(**inputs(ids, flat), use_cache=False, output_hidden_states=True)
-            logits = outputs.logits[:, prompts.shape[1] - 1 : -1].float()
-            answer = ids[:, prompts.shape[1] :]
-            log_probs = logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)  # (R, answer)
-            states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
-            gradients = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), states)
-        norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
-        return list(norms[ids == config.image_token_id].split([len(own) for own in features]))
+
+        def forward(pictures: torch.Tensor, **options: Any) -> Any:
+            return self.model(**inputs(ids, pictures), use_cache=False, **options)
+
+        scores = self._scores(forward, flat, ids, prompts.shape[1])
+        return list(scores.split([len(picture) for picture in features]))
 
     def _is_said(self, answer: torch.Tensor) -> torch.Tensor:
-        """Where an answer (R, T) has a token: up to its first end, included."""
+        """Where an answer (R, A) has a token: up to its first end, included."""
         ends = self.model.generation_config.eos_token_id
         ended = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device)).int()
         return (ended.cumsum(1) - ended) == 0
+
+
+class AnswerGradient(AnswerRelevance):
+    """The norm of the gradient of the answer's log-probability with respect to the patch's state in the decoder, summed
+    over the layers: which patch would change what I say? See [`AnswerRelevance`].
+
+    At the feature that enters the decoder the gradient is less telling: it also has what the first layer does with all
+    patches alike.
+    """
+
+    def _at_once(self, columns: int) -> int:
+        return max(1, TOKENS_AT_ONCE // columns)
+
+    def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
+        with torch.enable_grad():
+            outputs = forward(features.requires_grad_(), output_hidden_states=True)
+            logits, answer = outputs.logits[:, start - 1 : -1].float(), ids[:, start:]
+            log_probs = logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)  # (R, A)
+            states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
+            gradients = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), states)
+        norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
+        return norms[ids == self.model.config.image_token_id]
+
+
+class AnswerAttention(AnswerRelevance):
+    """The attention of the columns that say the answer to the patch, a mean over them, the layers and the heads: it is
+    cheaper than [`AnswerGradient`], and needs attention weights. See [`AnswerRelevance`].
+
+    Raises:
+        ValueError: if the model's attention returns no weights.
+    """
+
+    def __init__(self, model: ILVRForConditionalGeneration, max_new_tokens: int) -> None:
+        super().__init__(model, max_new_tokens)
+        implementation = model.config.get_text_config()._attn_implementation
+        if implementation != "eager":
+            raise ValueError(
+                f"selection_method='attention' reads attention weights, and {implementation!r} returns none. Load the "
+                "model with attn_implementation='eager', or choose 'answer_gradient'."
+            )
+
+    def _at_once(self, columns: int) -> int:
+        return max(1, WEIGHTS_AT_ONCE // columns**2)
+
+    @torch.no_grad()
+    def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
+        layers = forward(features, output_attentions=True).attentions  # (R, heads, T, T) each
+        says = [layer[:, :, start - 1 : -1].float().mean(1) for layer in layers]  # (R, A, T): column t says t + 1
+        paid = masked_mean(torch.stack(says).mean(0), self._is_said(ids[:, start:]))  # (R, T)
+        return paid[ids == self.model.config.image_token_id]
+
+
+RELEVANCES = {"answer_gradient": AnswerGradient, "attention": AnswerAttention}

@@ -58,7 +58,8 @@ class SelectionInputs:
         top_p (`float`), temperature (`float`): of [`top_p_selection`].
         queries ([`Queries`], *optional*): for selectors that read the teacher, see [`Selector`].
         relevance (`torch.Tensor` of shape `(B, S, N)`, *optional*): for selectors that ask the teacher about each
-            helper image: how much its answer depends on each candidate, see [`~relevance.AnswerGradient`].
+            helper image: how much its answer depends on each candidate, see [`~relevance.AnswerRelevance`]; for the
+            oracle, 1 for the candidate that is known to be the right one.
         encode_user_pictures (`Callable`, *optional*): gives the candidates (B, N, D) of each row's last user image
             and their mask (B, N); called only if a selector asks for them.
     """
@@ -99,6 +100,8 @@ class Selection:
             selected before training.
         candidates (`torch.Tensor` of shape `(B, S, N, D)`): features of the helper images.
         candidate_mask (`torch.BoolTensor` of shape `(B, S, N)`): which candidates exist; none in a span that does not.
+        followed (`torch.BoolTensor` of shape `(B, S, N)`, *optional*): the candidate that the data says is followed,
+            none in a span where it says nothing.
     """
 
     targets: torch.Tensor
@@ -107,6 +110,7 @@ class Selection:
     mass: torch.Tensor | None
     candidates: torch.Tensor
     candidate_mask: torch.Tensor
+    followed: torch.Tensor | None = None
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Means over the spans: K*, the share of spans with each K* from 1 to K, and the selected mass."""
@@ -118,6 +122,13 @@ class Selection:
         shares = {f"selected_{k}": (counts == k).float().mean() for k in range(1, self.mask.shape[-1] + 1)}
         mass = {} if self.mass is None else {"selected_mass": self.mass[exists].mean()}
         return {"selected_per_span": counts.float().mean(), **mass, **shares}
+
+    def holds_followed(self) -> torch.Tensor:
+        """For each span in which a candidate is known to be followed, whether it was selected: (known spans,)."""
+        if self.followed is None:
+            return self.mask.new_zeros(0)
+        found = (self.followed.gather(2, self.indices) & self.mask).any(-1)  # (B, S)
+        return found[self.followed.any(-1)]
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """The candidate (B, S, K) that each of `latents` (B, S, K, D) resembles most, by cosine as in the loss."""
@@ -335,14 +346,12 @@ def select_change(inputs: SelectionInputs, span: int, previous: SpanSelection | 
     return SpanSelection(_gather(candidates, indices, mask), mask, indices, mass)
 
 
-def select_by_answer_gradient(
-    inputs: SelectionInputs, span: int, previous: SpanSelection | None = None
-) -> SpanSelection:
-    """The candidates that the teacher's own answer to a question about the helper image depends on most (ours).
+def select_by_relevance(inputs: SelectionInputs, span: int, previous: SpanSelection | None) -> SpanSelection:
+    """The candidates of most relevance (ours), such as those that the teacher's own answer depends on.
 
     A candidate's share is its relevance over the sum of all; those that together hold `top_p` are kept, at most K.
     """
-    assert inputs.relevance is not None  # the selector asks the teacher
+    assert inputs.relevance is not None  # the selector has it
     candidates, exists = inputs.candidates[:, span], inputs.candidate_mask[:, span]
     relevance = inputs.relevance[:, span]
     indices, mask, mass = top_p_selection(
@@ -373,23 +382,27 @@ class Selector(NamedTuple):
         reads_teacher (`bool`, *optional*, defaults to `False`): whether it needs the queries of [`SelectionInputs`],
             which cost a forward pass of the teacher.
         asks_teacher (`bool`, *optional*, defaults to `False`): whether it needs their `relevance`, which costs an
-            answer of the teacher to a question about each helper image, and its gradient.
+            answer of the teacher to a question about each helper image, and a forward over it.
+        reads_followed (`bool`, *optional*, defaults to `False`): whether `relevance` is what the data says.
         keeps_candidates (`bool`, *optional*, defaults to `True`): whether targets are candidates as they are.
     """
 
     select: Callable[[SelectionInputs, int, SpanSelection | None], SpanSelection]
     reads_teacher: bool = False
     asks_teacher: bool = False
+    reads_followed: bool = False
     keeps_candidates: bool = True
 
 
 SELECTORS = {
     "query_top_p": Selector(select_by_query, reads_teacher=True),
-    "answer_gradient": Selector(select_by_answer_gradient, asks_teacher=True),
+    "answer_gradient": Selector(select_by_relevance, asks_teacher=True),
+    "attention": Selector(select_by_relevance, asks_teacher=True),
     "change": Selector(select_change),
     "mean_pool": Selector(select_mean_pool, keeps_candidates=False),
     "uniform": Selector(select_uniform),
     "random": Selector(select_random),
+    "followed": Selector(select_by_relevance, reads_followed=True),
 }
 
 

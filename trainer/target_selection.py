@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch
-from .inputs.data_preparation import HELPER_PROMPTS, TARGET_INDICES, side_by_side
+from .inputs.data_preparation import FOLLOWED_PATCHES, HELPER_PROMPTS, TARGET_INDICES, side_by_side
 from .inputs.image_features import flatten_features, image_outputs
 from .selection import (
     SELECTORS,
@@ -77,7 +77,7 @@ class TargetSelector:
         config ([`ILVRConfig`]): of the model.
         args ([`ILVRTrainingConfig`]): names the method and its settings.
         teacher (`Callable`): the model whose hidden states ask, as [`MomentumTeacher`]; called like [`ILVRModel`].
-        relevance (`Callable`, *optional*): an [`AnswerGradient`], for selectors that ask the teacher about pictures.
+        relevance (`Callable`, *optional*): an [`AnswerRelevance`], for selectors that ask the teacher about pictures.
         core (`PreTrainedModel`): the backbone whose vision tower encodes the pictures.
         equal_forwards (`bool`, *optional*, defaults to `False`): whether the teacher runs for batches without spans,
             too, because other ranks gather its weights from this one.
@@ -118,13 +118,13 @@ class TargetSelector:
         outputs = image_outputs(batch.helper_inputs, self.core)
         pictures = flatten_features(outputs.pooler_output).float().split(batch.helper_inputs["image_lengths"].tolist())
         candidates, candidate_mask = self._laid_out(pictures, counts)
+        followed = self._followed(batch.helper_inputs, counts)
         if batch.target_indices is not None:
-            return self._selected_before(batch.target_indices, candidates, candidate_mask)
-        relevance = None
+            return self._selected_before(batch.target_indices, candidates, candidate_mask, followed)
+        relevance = followed.float() if self.selector.reads_followed and followed is not None else None
         if self.selector.asks_teacher:
             assert self.relevance is not None
-            own = [patches.unsqueeze(-1) for patches in self.relevance(batch.helper_inputs, outputs)]
-            relevance = self._laid_out(own, counts)[0].squeeze(-1)
+            relevance = self._of_patches(self.relevance(batch.helper_inputs, outputs), counts)
         looked_at = SelectionInputs(
             candidates,
             candidate_mask,
@@ -140,20 +140,43 @@ class TargetSelector:
             spans.append(self.selector.select(looked_at, span, spans[-1] if spans else None))
         if self.args.unselected_slots == "repeat":
             spans = [fill_slots(selected) for selected in spans]
-        return Selection(*(torch.stack(parts, dim=1) for parts in zip(*spans)), candidates, candidate_mask)
+        return Selection(*(torch.stack(parts, dim=1) for parts in zip(*spans)), candidates, candidate_mask, followed)
 
     def _laid_out(self, pictures: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is known of each patch of the helper images, in groups, by row and span: (B, S, N, D), and a mask."""
         return pad_candidates([group_candidates(own, self.args.max_candidates) for own in pictures], counts)
 
+    def _of_patches(self, pictures: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+        """A number for each patch (N,) of the helper images, as one for each candidate: (B, S, N)."""
+        return self._laid_out([patches.unsqueeze(-1) for patches in pictures], counts)[0].squeeze(-1)
+
+    def _followed(self, helper_inputs: dict[str, torch.Tensor], counts: torch.Tensor) -> torch.Tensor | None:
+        """The candidate (B, S, N) of each helper image that holds the patch which the data says is followed."""
+        patches = helper_inputs.get(FOLLOWED_PATCHES)  # (helper images,), -1 where nothing is said
+        if patches is None:
+            return None
+        lengths = helper_inputs["image_lengths"]
+        if (patches >= lengths).any():
+            image = int((patches >= lengths).nonzero()[0])
+            raise ValueError(
+                f"Helper image {image} of a batch has {int(lengths[image])} patches, and `followed` in its row's "
+                f"metadata names patch {int(patches[image])}. Count them from 0, in raster order, after the merger."
+            )
+        marks = [torch.arange(n, device=patches.device) == i for n, i in zip(lengths.tolist(), patches)]
+        return self._of_patches([mark.float() for mark in marks], counts) > 0
+
     def _selected_before(
-        self, indices: torch.Tensor, candidates: torch.Tensor, candidate_mask: torch.Tensor
+        self,
+        indices: torch.Tensor,
+        candidates: torch.Tensor,
+        candidate_mask: torch.Tensor,
+        followed: torch.Tensor | None,
     ) -> Selection:
         """The candidates of `indices` (B, S, K), -1 for none."""
         mask = indices >= 0
         indices = indices.clamp(min=0)
         chosen = candidates.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, candidates.shape[-1]))
-        return Selection(chosen * mask.unsqueeze(-1), mask, indices, None, candidates, candidate_mask)
+        return Selection(chosen * mask.unsqueeze(-1), mask, indices, None, candidates, candidate_mask, followed)
 
     def _user_pictures(self, batch: LatentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates (B, N, D) of each row's last user image, and their mask; none exist in a row without images."""

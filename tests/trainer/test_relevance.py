@@ -6,7 +6,7 @@ from helpers import make_dataset, make_sample, make_trainer
 
 from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
 from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
-from ilvr.trainer.relevance import AnswerGradient
+from ilvr.trainer.relevance import AnswerAttention, AnswerGradient
 
 
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -16,7 +16,7 @@ QUESTIONS = ["Where is the goal?", "Right"]  # of different lengths, so that one
 
 @pytest.fixture
 def asked(model, processor):
-    """The model in double precision, for differences, and a batch of two pictures with a question about each."""
+    """The model in double precision, and a batch of two pictures with a question about each."""
     model = model.double().eval()
     rows = make_dataset([{**SAMPLE, "metadata": '{"helper_questions": ["Where is the goal?", "Right"]}'}])
     rows = add_helper_prompts(prepare_dataset(rows, processor, stage=1), processor, question=None)
@@ -28,6 +28,12 @@ def helper_inputs(row, processor):
 
     inputs = LatentBatch.of(LatentDataCollator(processor)([row])).helper_inputs
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def eagerly(model, inputs):
+    """In single precision: eager attention masks padding by the least number, which is none in another precision."""
+    model.float().set_attn_implementation("eager")
+    return model, {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def ask_about(model, processor, image, question):
@@ -42,48 +48,65 @@ def ask_about(model, processor, image, question):
     )
 
 
-def differences(model, inputs, max_new_tokens):
-    """Norms (N,) of the gradient of the log-probability of the model's own answer, from differences: each number of
-    each patch is moved a little to both sides."""
-    prompt, step = inputs["input_ids"].shape[1], 1e-2  # norms are computed in single precision
+def gradient_norms(model, inputs, max_new_tokens):
+    """Norms (N,) of the gradient of the log-probability of the model's own answer at each patch's states, summed over
+    the layers: the gradient of what is added to the output of each layer."""
+    prompt = inputs["input_ids"].shape[1]
     pixels = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     no_spans = {"suppress_tokens": [model.config.latent_start_token_id]}
     answer = model.generate(**pixels, do_sample=False, max_new_tokens=max_new_tokens, **no_spans)[:, prompt:]
-    outputs = image_outputs(pixels, model.model.core)
-    features = flatten_features(outputs.pooler_output)
-    deepstack = getattr(outputs, "deepstack_features", None)
+    ids = torch.cat([pixels["input_ids"], answer], dim=1)
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in pixels:
+            pixels[name] = torch.cat([pixels[name], torch.full_like(answer, name == "attention_mask")], dim=1)
+    layers = model.model.core.get_decoder().layers
+    shape = (*ids.shape, model.config.get_text_config().hidden_size)
+    added = [torch.zeros(shape, dtype=torch.double, requires_grad=True) for _ in layers]
 
-    def log_prob(features):
-        outputs.pooler_output = [features]
-        if deepstack is not None:
-            outputs.deepstack_features = deepstack
-        grown = {k: v for k, v in pixels.items() if not k.startswith("pixel")}
-        for name in ("attention_mask", "mm_token_type_ids"):
-            if name in grown:
-                grown[name] = torch.cat([grown[name], torch.full_like(answer, name == "attention_mask")], dim=1)
-        grown["input_ids"] = torch.cat([pixels["input_ids"], answer], dim=1)
-        logits = model(**grown, mm_encoder_outputs={"image": outputs}, use_cache=False).logits[:, prompt - 1 : -1]
-        return logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).sum()
+    def adds(own):
+        return lambda module, arguments, output: (
+            (output[0] + own, *output[1:]) if isinstance(output, tuple) else output + own
+        )
 
-    found = torch.zeros_like(features)
-    with torch.no_grad():
-        for place in range(features.numel()):
-            moved = torch.zeros_like(features).flatten()
-            moved[place] = step
-            moved = moved.view_as(features)
-            found.view(-1)[place] = (log_prob(features + moved) - log_prob(features - moved)) / (2 * step)
-    return found.norm(dim=-1)
+    hooks = [layer.register_forward_hook(adds(own)) for layer, own in zip(layers, added)]
+    logits = model(**{**pixels, "input_ids": ids}, use_cache=False).logits[:, prompt - 1 : -1]
+    for hook in hooks:
+        hook.remove()
+    logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).sum().backward()
+    is_image = ids == model.config.image_token_id
+    return torch.stack([own.grad.norm(dim=-1) for own in added]).sum(0)[is_image]
 
 
 def test_relevance_is_the_norm_of_the_answers_gradient(asked, processor):
-    """Two pictures at once, a padded question: each as by differences, alone, on inputs of the processor."""
+    """Two pictures at once, a padded question: each as by what is added to the states, alone, on inputs of the processor."""
     model, inputs = asked
     assert (inputs["prompt_mask"] == 0).any() and len(inputs["prompt_ids"]) == 2
     relevances = AnswerGradient(model, 3)(inputs, image_outputs(inputs, model.model.core))
     for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances):
-        expected = differences(model, ask_about(model, processor, image, question), 3).float()
-        torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-6)
+        expected = gradient_norms(model, ask_about(model, processor, image, question), 3).float()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         assert expected.max() > 1.05 * expected.min() > 0
+
+
+def test_relevance_is_the_attention_of_the_answer(asked, processor):
+    """The columns that say the answer, the last of the prompt and the first two of three words, on inputs of the
+    processor for one picture; a mean over layers and heads."""
+    model, inputs = asked
+    with pytest.raises(ValueError, match="'sdpa' returns none. Load the model with attn_implementation='eager'"):
+        AnswerAttention(model, 3)
+    model, inputs = eagerly(model, inputs)
+    relevances = AnswerAttention(model, 3)(inputs, image_outputs(inputs, model.model.core))
+    for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances, strict=True):
+        alone = ask_about(model, processor, image, question)
+        expected, prompt = 0, alone["input_ids"].shape[1]
+        for words in range(3):
+            options = {"max_new_tokens": words + 1, "suppress_tokens": [model.config.latent_start_token_id]}
+            answered = model.generate(
+                **alone, do_sample=False, output_attentions=True, return_dict_in_generate=True, **options
+            )
+            steps = [torch.stack(layers)[:, 0, :, -1].mean((0, 1)) for layers in answered.attentions]  # (T so far,)
+            expected = expected + steps[-1][:prompt][alone["input_ids"][0] == model.config.image_token_id] / 3
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-6)
 
 
 def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
@@ -108,12 +131,15 @@ def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
     assert not torch.allclose(cut[0], whole[0], rtol=1e-2)
 
 
-def test_many_pictures_are_taken_a_few_at_a_time(asked, monkeypatch):
+@pytest.mark.parametrize("relevance", [AnswerGradient, AnswerAttention])
+def test_many_pictures_are_taken_a_few_at_a_time(asked, monkeypatch, relevance):
     model, inputs = asked
+    model, inputs = eagerly(model, inputs)
     outputs = image_outputs(inputs, model.model.core)
-    whole = AnswerGradient(model, 3)(inputs, outputs)
+    whole = relevance(model, 3)(inputs, outputs)
     monkeypatch.setattr("ilvr.trainer.relevance.TOKENS_AT_ONCE", 1)
-    for one, other in zip(AnswerGradient(model, 3)(inputs, outputs), whole, strict=True):
+    monkeypatch.setattr("ilvr.trainer.relevance.WEIGHTS_AT_ONCE", 1)
+    for one, other in zip(relevance(model, 3)(inputs, outputs), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """The selector that trainer, pictures and audits ask."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -17,9 +18,16 @@ from ilvr.trainer.watching.selection_drawing import compare_latents
 ASKED = {"helper_question": "Up Left Down", "max_helper_answer_tokens": 2}
 
 
+def follow(samples, patches=(3, 1, 0)) -> list[dict]:
+    """Samples whose metadata says which patch of each helper image is followed."""
+    return [{**s, "metadata": json.dumps({"followed": list(patches)[: len(s["images"]) - 1]})} for s in samples]
+
+
 def selected(model, processor, folder, method):
     torch.manual_seed(0)
-    trainer = make_trainer(copy.deepcopy(model), processor, folder, selection_method=method, **ASKED)
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")  # which "attention" needs
+    trainer = make_trainer(model, processor, folder, follow(SAMPLES), selection_method=method, **ASKED)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     return compare_latents(trainer, batch)[0]
 
@@ -66,11 +74,55 @@ def test_baselines_take_no_forward_of_the_teacher(model, processor, tmp_path):
     calls = []
     for method in SELECTORS:
         settings = {"selection_method": method, "max_steps": 1, **ASKED}
-        trainer = make_trainer(copy.deepcopy(model), processor, tmp_path, **settings)
+        model.set_attn_implementation("eager")
+        trainer = make_trainer(copy.deepcopy(model), processor, tmp_path, follow(SAMPLES), **settings)
         trainer.teacher.model.register_forward_hook(lambda *_, method=method: calls.append(method))
         trainer.train()
     asking = {method for method, selector in SELECTORS.items() if selector.reads_teacher or selector.asks_teacher}
     assert set(calls) == asking and calls.count("query_top_p") == 1
+
+
+# -------------------------------------------------------------------------------------------- what the data says
+
+
+@pytest.mark.parametrize("cache_images", [False, True])
+@pytest.mark.parametrize("max_candidates", [256, 2])
+def test_the_oracle_selects_what_is_followed(model, processor, tmp_path, cache_images, max_candidates):
+    """One target a span, the patch of the row's metadata, or the group of two that it is in."""
+    samples = follow([*SAMPLES[:3], make_sample(["Right"])])
+    settings = {"selection_method": "followed", "cache_images": cache_images, "max_candidates": max_candidates}
+    trainer = make_trainer(model, processor, tmp_path, samples, max_steps=1, **settings)
+    selection = trainer.select_targets(trainer._batch_of(list(trainer.train_dataset)))
+    expected = [[3], [3, 1], [3, 1, 0], []]
+    for row, patches in enumerate(expected):
+        assert selection.mask[row].sum(-1).tolist() == [1] * len(patches) + [0] * (3 - len(patches))
+        found = selection.indices[row, : len(patches), 0].tolist()
+        assert found == [patch if max_candidates == 256 else patch // 2 for patch in patches]
+    trainer.train()
+    assert trainer.state.log_history[0]["followed_share"] == 1.0
+
+
+def test_share_of_spans_that_hold_what_is_followed(model, processor, tmp_path):
+    """ "uniform" takes patches 0, 1 and 2 of four. One row says nothing, and does not count."""
+    samples = [*follow(SAMPLES[:2], [3, 1]), *follow(SAMPLES[2:3], [0, 3, 3]), {**SAMPLES[3], "metadata": "{}"}]
+    settings = {"selection_method": "uniform", "max_steps": 1}
+    trainer = make_trainer(copy.deepcopy(model), processor, tmp_path, samples, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["followed_share"] == pytest.approx(2 / 6)
+    trainer = make_trainer(model, processor, tmp_path, [{**s, "metadata": "{}"} for s in SAMPLES], **settings)
+    trainer.train()
+    assert "followed_share" not in trainer.state.log_history[0]
+
+
+def test_rows_that_do_not_say_what_is_followed_are_refused(model, processor, tmp_path):
+    followed = {"selection_method": "followed"}
+    with pytest.raises(ValueError, match="Sample 0 of the train data has 1 helper images and .* followed=None. Give"):
+        make_trainer(model, processor, tmp_path, **followed)
+    with pytest.raises(ValueError, match=r"Sample 1 .* 2 helper images and its metadata says followed=\[0\]. Give a"):
+        make_trainer(model, processor, tmp_path, [*follow(SAMPLES[:1]), *follow(SAMPLES[1:2], [0])])
+    trainer = make_trainer(model, processor, tmp_path, follow(SAMPLES, [4, 0, 0]), **followed)
+    with pytest.raises(ValueError, match="Helper image 0 of a batch has 4 patches, and .* names patch 4. Count"):
+        trainer.train()
 
 
 # ------------------------------------------------------------------------------------------- once, before training

@@ -15,7 +15,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from ilvr import ILVRProcessor
 from ilvr.data.images import open_image
 
-from .data_preparation import HELPER_IMAGES, HELPER_PROMPTS, TARGET_INDICES, USER_IMAGES
+from .data_preparation import FOLLOWED_PATCHES, HELPER_IMAGES, HELPER_PROMPTS, TARGET_INDICES, USER_IMAGES
 from .image_tensors import encode_helper_images, encode_images, merge_images, unpack
 
 
@@ -69,8 +69,9 @@ class LatentDataCollator(DataCollatorMixin):
         if the backbone has it, the processor's tensors of the user images with `image_lengths` (images,), the tokens
         of each, and `images_per_row` (B,); and, prefixed by `helper_`, the tensors of the helper images. Features in
         place of pixels if they are cached. Where the samples have them: `helper_prompt_ids` and `helper_prompt_mask`
-        (helper images, T), what is asked of each, padded on the left; `target_indices` (B, S, K), the patches that
-        were selected, -1 for none. [`LatentBatch`] takes it apart.
+        (helper images, T), what is asked of each, padded on the left; `helper_followed_patches` (helper images,), the
+        patch of each that is followed, -1 if unknown; `target_indices` (B, S, K), the patches that were selected, -1
+        for none. [`LatentBatch`] takes it apart.
     """
 
     processor: ILVRProcessor
@@ -109,6 +110,8 @@ class LatentDataCollator(DataCollatorMixin):
         if self.helper_images:
             helper = merge_images([self._image_tensors(row, HELPER_IMAGES, encode_helper_images) for row in examples])
             helper |= self._helper_prompts(examples)
+            if FOLLOWED_PATCHES in examples[0]:
+                helper[FOLLOWED_PATCHES] = torch.tensor([patch for row in examples for patch in row[FOLLOWED_PATCHES]])
             batch |= {HELPER_PREFIX + name: tensor for name, tensor in helper.items()}
             if TARGET_INDICES in examples[0]:
                 batch[TARGET_INDICES] = self._target_indices(examples)

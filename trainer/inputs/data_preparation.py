@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"
 # What some ways of selecting targets add: the ids of what is asked of each helper image, and what was selected.
 HELPER_PROMPTS, TARGET_INDICES = "helper_prompts", "target_indices"
+# Of tasks that know it: the patch of each helper image that its latents should hold.
+FOLLOWED_PATCHES = "followed_patches"
 # What preparation adds to a data set: ids, and which of its images are the user's and which are helper images.
 FEATURES = Features(
     {
@@ -36,7 +38,7 @@ FEATURES = Features(
         HELPER_IMAGES: List(Value("int32")),
     }
 )
-PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, "images")
+PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, FOLLOWED_PATCHES, "images")
 
 
 def prepare_dataset(
@@ -212,6 +214,53 @@ def _asker(tokenizer: SizeTokenizer):
         return tokenizer(asked, [size], add_generation_prompt=True)[0]
 
     return ask
+
+
+def add_followed_patches(
+    dataset: Any, *, required: bool, name: str = "train", num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Adds which patch of each helper image is followed, from the list `followed` in a row's `metadata`; -1 where a
+    row says nothing.
+
+    Args:
+        dataset: of [`prepare_dataset`].
+        required (`bool`): whether each row with helper images has to say it.
+        name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as there.
+
+    Raises:
+        ValueError: if a row lacks what is required, or its list is not one number for each helper image.
+    """
+    columns = _columns(dataset, name)
+    if FOLLOWED_PATCHES in columns or ("metadata" not in columns and not required):
+        return dataset
+    arguments = {"required": required, "name": name}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_followed_patches, with_indices=True, fn_kwargs=arguments)
+    read = [column for column in ("num_spans", "metadata") if column in columns]
+    added = dataset.select_columns(read).map(
+        _followed_patches,
+        with_indices=True,
+        fn_kwargs=arguments,
+        remove_columns=read,
+        features=Features({FOLLOWED_PATCHES: List(Value("int32"))}),
+        num_proc=num_proc,
+        desc=f"Reading what {name} samples follow",
+    )
+    return side_by_side(dataset, added)
+
+
+def _followed_patches(sample: dict, index: int, *, required: bool, name: str) -> dict[str, list]:
+    number, followed = sample["num_spans"], json.loads(sample.get("metadata") or "{}").get("followed")
+    if followed is None and not (required and number):
+        return {FOLLOWED_PATCHES: [-1] * number}
+    is_list = isinstance(followed, list) and all(type(patch) is int and patch >= 0 for patch in followed)
+    if not is_list or len(followed) != number:
+        raise ValueError(
+            f"Sample {index} of the {name} data has {number} helper images and its metadata says followed="
+            f"{followed!r:.80}. Give a list with the number of a patch for each, from 0 in raster order, or, if the "
+            "task does not know it, choose another selection_method than 'followed' and leave it out."
+        )
+    return {FOLLOWED_PATCHES: followed}
 
 
 def side_by_side(dataset: Dataset, added: Dataset) -> Dataset:
