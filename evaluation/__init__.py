@@ -1,5 +1,7 @@
 """Evaluation: metrics, answers of a model, controls of its latents, reports of checkpoints, pictures of latents."""
 
+from .audit_results import Audit, ModelAudit, Verdict
+from .auditing import audit, audit_model
 from .checkpoints import evaluate_checkpoints, score_table
 from .controls import CONTROLS, follow_donors, run_controls
 from .generation import Answer, answer_batch, answer_with_latents, generate_answers
@@ -12,13 +14,18 @@ from .records import Evaluator, Record, Run
 __all__ = [
     "CONTROLS",
     "Answer",
+    "Audit",
     "Evaluator",
+    "ModelAudit",
     "Questions",
     "Record",
     "Run",
     "Score",
+    "Verdict",
     "answer_batch",
     "answer_with_latents",
+    "audit",
+    "audit_model",
     "draw_curves",
     "draw_latents",
     "evaluate_checkpoints",

@@ -155,6 +155,20 @@ CONTROLS: dict[str, Callable[[ControlInputs], dict[str, Any]]] = {
     "no_spans": no_spans,
     "hidden_image": hidden_image,
 }
+LABELS = {
+    OWN: "own latents",
+    "another_sample": "another sample's",
+    "position_mean": "mean latent",
+    "first_latent": "first latent repeated",
+    "noise_0.1": "own, a tenth noise",
+    "noise_0.3": "own, three tenths noise",
+    "noise_1.0": "noise of their norm",
+    "zeros": "zeros",
+    "oracle": "what they should hold",
+    "markers_only": "pads, nothing fed back",
+    "no_spans": "no spans",
+    "hidden_image": "own, image hidden behind the first span",
+}
 SMALL = ("another_sample", "zeros")  # what an evaluation runs unasked
 REPORTED = ("another_sample", "position_mean", "noise_1.0", "zeros")  # what a training run reports
 
