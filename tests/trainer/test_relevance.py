@@ -5,7 +5,7 @@ import torch
 from helpers import make_dataset, make_sample, make_trainer
 
 from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
-from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
+from ilvr.trainer.inputs.image_features import image_outputs
 from ilvr.trainer.relevance import AnswerAttention, AnswerGradient
 
 
