@@ -127,7 +127,7 @@ class AnswerRelevance(ABC):
 
 
 class AnswerGradient(AnswerRelevance):
-    """The norm of the gradient of the answer's log-probability with respect to the patch's state in the decoder, summed
+    """The norm of the gradient of the answer's log-probability with respect to the patch's state in the decoder, a sum
     over the layers: which patch would change what I say? See [`AnswerRelevance`].
 
     At the feature that enters the decoder the gradient is less telling: it also has what the first layer does with all

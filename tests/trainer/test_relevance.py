@@ -78,7 +78,7 @@ def gradient_norms(model, inputs, max_new_tokens):
 
 
 def test_relevance_is_the_norm_of_the_answers_gradient(asked, processor):
-    """Two pictures at once, a padded question: each as by what is added to the states, alone, on inputs of the processor."""
+    """Two pictures at once, a padded question: as each alone, on inputs of the processor, by what states are added."""
     model, inputs = asked
     assert (inputs["prompt_mask"] == 0).any() and len(inputs["prompt_ids"]) == 2
     relevances = AnswerGradient(model, 3)(inputs, image_outputs(inputs, model.model.core))
