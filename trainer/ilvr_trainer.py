@@ -28,7 +28,7 @@ from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
 from .relevance import AnswerGradient, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
-from .running.checks import check_agreement, check_batch_size
+from .running.checks import check_agreement, check_batch_size, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
 from .running.sharding import is_sharded
@@ -101,6 +101,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         base_model = ilvr_model(model)
         check_agreement(base_model, processing_class)
         check_batch_size(base_model, args, eval_dataset)
+        warn_of_slow_bf16(base_model, args)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
