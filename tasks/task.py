@@ -1,4 +1,42 @@
-"""A task: questions with known answers, a metric, and pictures of what is meant."""
+"""A task: questions with known answers, a metric, and pictures of what is meant.
+
+A metric of its own is a file in `metric/` of the task's folder; `load_metric` finds it by the folder's name.
+
+Example:
+
+```python
+>>> from datasets import Dataset
+>>> from PIL import Image
+>>> from ilvr.data.conversations import FEATURES, ConversationBuilder
+>>> from ilvr.tasks import Task
+>>> from ilvr.tasks.images import as_png
+
+>>> def strip(number):
+...     return Image.new("RGB", (32 * number, 32), "red")
+
+>>> class Strips(Task):
+...     title, metric, prompt = "Strips", "boxed_exact_match", "How many squares long is the strip?"
+...
+...     def dataset(self, split, form="trace"):
+...         numbers = [2, 4] if split == "test" else [1, 3, 5]
+...         return Dataset.from_list([self.sample(number, form) for number in numbers], features=FEATURES)
+...
+...     def sample(self, number, form):
+...         builder = ConversationBuilder(as_png)
+...         builder.add_turn("user", "question")
+...         builder.add_image(strip(number), "question")
+...         builder.add_text(self.prompt, "question")
+...         builder.add_turn("assistant", form)
+...         for length in range(1, number + 1) if form == "trace" else ():
+...             builder.add_text(f" {length}", "step")
+...             builder.add_image(strip(length), "step")
+...         builder.add_text(f" \\boxed{{{number}}}", "answer")
+...         return builder.finish({}, set(), answer=number)
+...
+...     def texts(self):
+...         return [self.prompt, " 1 2 3 4 5", " \\boxed{1}"]
+```
+"""
 
 from abc import ABC, abstractmethod
 from importlib import import_module

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ilvr import ILVRProcessor
+from ilvr.latent_attention import AttentionRule
 from ilvr.latent_spans import chunk_bounds
 
 from .ilvr_training_config import ILVRTrainingConfig
@@ -28,7 +29,7 @@ from .inputs.sampler import SpanGroupedSampler
 from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
 from .relevance import RELEVANCES, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
-from .running.checks import check_agreement, check_batch_size
+from .running.checks import check_agreement, check_batch_size, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
 from .running.sharding import is_sharded
@@ -54,6 +55,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         processing_class ([`ILVRProcessor`], *optional*): loaded from the model's repository if not given.
         callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`].
         peft_config (`PeftConfig`, *optional*): trains an adapter, completed by what latent spans need.
+        attention_rule (`Callable`, *optional*): which columns the student may see, such as
+            [`hide_images_after_first_span`]; the teacher sees all. Give `generate` the same.
         kwargs: further arguments of [`~trl.SFTTrainer`].
 
     Raises:
@@ -87,6 +90,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         processing_class: ILVRProcessor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
+        attention_rule: AttentionRule | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or ILVRTrainingConfig("ilvr-output")
@@ -101,6 +105,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         base_model = ilvr_model(model)
         check_agreement(base_model, processing_class)
         check_batch_size(base_model, args, eval_dataset)
+        warn_of_slow_bf16(base_model, args)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
@@ -112,6 +117,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "num_proc": args.dataset_num_proc,
         }
         self.keeps_teacher = args.stage == 1
+        self.attention_rule = attention_rule
         asks = self.keeps_teacher and SELECTORS[args.selection_method].asks_teacher
         asked: dict[str, Any] = {
             "processor": processing_class,
@@ -226,6 +232,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             latent_values=targets,
             latent_mask=target_mask,
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
+            attention_rule=self.attention_rule,
             jacobi_iterations=self.args.jacobi_iterations,
             jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
             logits_to_keep=columns,
@@ -394,12 +401,16 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return [] if self.teacher is None else [TEACHER_FILE]
 
     def run_settings(self) -> dict[str, Any]:
-        return {"stage": self.args.stage, **super().run_settings()}
+        return {"stage": self.args.stage, "attention_rule": self._rule_name(), **super().run_settings()}
+
+    def _rule_name(self) -> str | None:
+        return getattr(self.attention_rule, "__name__", None)
 
     def card_settings(self) -> dict[str, Any]:
         args = self.args
+        rule = {} if self.attention_rule is None else {"attention rule": self._rule_name()}
         if args.stage == 2:
-            return {"stage": 2}
+            return {"stage": 2, **rule}
         selection = args.selection_method
         if selection == "query_top_p":
             selection += f", top-p {args.selection_top_p}, tau {args.selection_temperature}"
@@ -409,6 +420,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "selection": selection,
             "latent head": self.student.config.latent_head,
             "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment ({args.alignment})",
+            **rule,
         }
 
 
