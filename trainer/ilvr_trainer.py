@@ -21,12 +21,13 @@ from ilvr import ILVRProcessor
 from ilvr.latent_attention import AttentionRule
 from ilvr.latent_spans import chunk_bounds
 
+from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
 from .inputs.data_preparation import PREPARED_COLUMNS, add_followed_patches, add_helper_prompts, prepare_dataset
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
-from .losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss, token_statistics
+from .losses import token_loss, token_statistics
 from .relevance import RELEVANCES, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
 from .running.checks import check_agreement, check_batch_size, warn_of_slow_bf16
@@ -246,22 +247,12 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             ce = ce * self.accelerator.num_processes
         loss = self.args.ce_weight * ce if self.args.stage == 1 else ce
         if selection is not None:
-            alignment, cosine = self._alignment(outputs.predicted_latents, selection)
+            alignment, cosine = alignment_term(outputs.predicted_latents, selection, self.args)
             num_samples = selection.mask.flatten(1).any(1).sum()
             self.record(num_samples, alignment_loss=alignment)
-            found = selection.nearest(outputs.predicted_latents.detach()) == selection.indices
-            self.record(
-                selection.mask.sum(), latent_cosine=cosine, retrieval_at_1=found[selection.mask].float().mean()
-            )
-            self.record(selection.mask.any(-1).sum(), **selection.statistics())
-            followed = selection.holds_followed()
-            self.record(len(followed), followed_share=followed.float().mean())
-            sizes = (
-                latents.norm(dim=-1)[selection.mask] for latents in (outputs.predicted_latents, selection.targets)
-            )
-            fed, aimed = (norms.detach().float().mean() for norms in sizes)
-            self.record(selection.mask.sum(), latent_norm_ratio=fed / aimed)
-            self.record(1, target_similarity=mean_pairwise_cosine(selection.targets[selection.mask][:512]))
+            self.record(selection.mask.sum(), latent_cosine=cosine)
+            for count, means in alignment_statistics(outputs.predicted_latents, selection):
+                self.record(count, **means)
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
             if num_items_in_batch is not None:
                 alignment = alignment * num_samples / self._samples_per_rank
@@ -274,15 +265,6 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.record(len(spans), spans_per_sample=spans.float().mean())
         self.record_tokens(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
-
-    def _alignment(self, latents: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-        """The alignment loss of the predicted latents (B, S, K, D), and their mean cosine with the targets."""
-        args = self.args
-        loss, cosine = alignment_loss(latents, selection.targets, selection.mask, noise_std=args.alignment_noise)
-        if args.alignment == "infonce":
-            chosen = (selection.targets, selection.mask, selection.candidates, selection.candidate_mask)
-            loss = infonce_loss(latents, *chosen, selection.indices, temperature=args.alignment_temperature)
-        return loss, cosine
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
         """Counts, beside the words, the samples with targets in all micro-batches of a step: their mean over ranks.

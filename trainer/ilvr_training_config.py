@@ -62,8 +62,10 @@ class ILVRTrainingConfig(SFTConfig):
         alignment_weight (`float`, *optional*, defaults to 1.0):
             Weight of the alignment loss.
         alignment (`str`, *optional*, defaults to `"cosine"`):
-            The alignment loss: `"cosine"` (paper), or `"infonce"`, by which each latent picks its target among the
-            other candidates of its helper image and the targets of other rows.
+            The alignment loss: `"cosine"` (paper); `"infonce"`, by which each latent picks its target among the other
+            candidates of its helper image and the targets of other rows; or `"centred"` (ours), the cosine after the
+            mean feature of the batch's helper images has been subtracted from both, for latents of the features' size
+            (`latent_head="rescale"`).
         alignment_temperature (`float`, *optional*, defaults to 0.1):
             Temperature of `"infonce"`. Not the paper's.
         alignment_noise (`float`, *optional*, defaults to 0.01):
@@ -173,9 +175,9 @@ class ILVRTrainingConfig(SFTConfig):
                 "`selection_top_p` must lie in (0, 1] and `selection_temperature` above 0, got "
                 f"{self.selection_top_p} and {self.selection_temperature}."
             )
-        if self.alignment not in ("cosine", "infonce") or self.alignment_temperature <= 0:
+        if self.alignment not in ("cosine", "infonce", "centred") or self.alignment_temperature <= 0:
             raise ValueError(
-                "`alignment` must be 'cosine' or 'infonce' and `alignment_temperature` above 0, got "
+                "`alignment` must be 'cosine', 'infonce' or 'centred' and `alignment_temperature` above 0, got "
                 f"{self.alignment!r} and {self.alignment_temperature}."
             )
         if self.max_candidates < 1:

@@ -8,7 +8,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 
 def alignment_loss(
-    predicted_latents: torch.Tensor, targets: torch.Tensor, target_mask: torch.Tensor, *, noise_std: float = 0.0
+    predicted_latents: torch.Tensor,
+    targets: torch.Tensor,
+    target_mask: torch.Tensor,
+    *,
+    noise_std: float = 0.0,
+    center: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """1 - cosine between what the model feeds back and what the teacher selected (paper, equation 8).
 
@@ -17,14 +22,18 @@ def alignment_loss(
         targets (`torch.Tensor` of shape `(B, S, K, D)`): selected features of the helper images, no gradient.
         target_mask (`torch.BoolTensor` of shape `(B, S, K)`): which positions have a target.
         noise_std (`float`, *optional*, defaults to 0.0): normal noise added to the targets; 0.01 in the paper.
+        center (`torch.Tensor` of shape `(D,)`, *optional*): subtracted from both before the cosine is taken (ours),
+            such as the mean feature, so that what all features have in common does not satisfy the loss. The latents
+            should then be of the features' size.
 
     Returns:
         `tuple`: the loss, a mean over each sample's targets and then over the samples that have any, as batch 1 with
-        accumulation gives it; and the mean cosine without noise, for the log.
+        accumulation gives it; and the mean cosine without noise and center, for the log.
     """
     predicted, targets = predicted_latents.float(), targets.float()
     noisy = targets + noise_std * torch.randn_like(targets) if noise_std else targets
-    per_latent = 1 - cosine_similarity(predicted, noisy, dim=-1)  # (B, S, K)
+    origin = 0 if center is None else center.detach().float()
+    per_latent = 1 - cosine_similarity(predicted - origin, noisy - origin, dim=-1)  # (B, S, K)
     with torch.no_grad():
         cosine = cosine_similarity(predicted, targets, dim=-1)[target_mask].mean()
     return _mean_of_samples(per_latent, target_mask), cosine

@@ -66,6 +66,14 @@ def test_every_field_of_the_config_has_an_effect(model, processor, tmp_path, fie
     assert log_of(model, processor, tmp_path, **needed) == plain  # the control
 
 
+def test_each_alignment_is_another_loss(model, processor, tmp_path):
+    logs = [log_of(model, processor, tmp_path, alignment=name) for name in ("cosine", "infonce", "centred")]
+    losses = [log[0]["alignment_loss"] for log in logs]
+    assert len(set(losses)) == 3 and len({log[0]["latent_cosine"] for log in logs}) == 1
+    with pytest.raises(ValueError, match="'cosine', 'infonce' or 'centred' .* got 'centered'"):
+        log_of(model, processor, tmp_path, alignment="centered")
+
+
 def test_the_list_of_fields_is_complete():
     assert added_fields(ILVRTrainingConfig) == VARIED.keys() | {"cache_images"}
 

@@ -1,11 +1,14 @@
 """Loss parts against numbers worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ilvr.trainer.alignment import alignment_term
 from ilvr.trainer.losses import alignment_loss, infonce_loss, mean_pairwise_cosine, token_loss
+from ilvr.trainer.selection import Selection
 
 
 def test_alignment_is_a_mean_of_sample_means():
@@ -27,6 +30,29 @@ def test_alignment_noise_has_its_size_and_spares_the_logged_cosine():
     loss, cosine = alignment_loss(targets, targets, mask, noise_std=0.1)
     assert cosine.item() == pytest.approx(1.0)
     assert loss.item() == pytest.approx(1 - 1 / math.sqrt(1 + 0.1**2), rel=0.05)
+
+
+def test_centred_alignment_by_hand():
+    """Around (10, 0): the latent lies at (0, 2), its targets at (3, 4) and (0, -1); cosines 0.8 and -1."""
+    predicted = torch.tensor([[10.0, 2.0], [10.0, 2.0]]).view(1, 1, 2, 2).requires_grad_()
+    targets = torch.tensor([[13.0, 4.0], [10.0, -1.0]]).view(1, 1, 2, 2)
+    mask, center = torch.ones(1, 1, 2, dtype=torch.bool), torch.tensor([10.0, 0.0], requires_grad=True)
+    loss, cosine = alignment_loss(predicted, targets, mask, center=center)
+    assert loss.item() == pytest.approx((0.2 + 2.0) / 2)
+    plain, plain_cosine = alignment_loss(predicted, targets, mask)
+    assert plain < 0.05 and cosine == plain_cosine
+    loss.backward()
+    assert center.grad is None and predicted.grad.abs().sum() > 0
+
+
+def test_the_center_is_the_mean_of_the_candidates_there_are():
+    candidates = torch.tensor([[[[9.0, 0.0], [11.0, 0.0], [7.0, 7.0]]]])
+    exists, mask = torch.tensor([[[True, True, False]]]), torch.ones(1, 1, 1, dtype=torch.bool)
+    indices = torch.zeros(1, 1, 1, dtype=torch.long)
+    selection = Selection(candidates[:, :, :1], mask, indices, None, candidates, exists)
+    args = SimpleNamespace(alignment="centred", alignment_noise=0.0)
+    latents = torch.tensor([9.0, 1.0]).view(1, 1, 1, 2)  # (-1, 1) around the center, and its target (-1, 0)
+    assert alignment_term(latents, selection, args)[0].item() == pytest.approx(1 - math.sqrt(0.5))
 
 
 def test_token_loss():

@@ -97,7 +97,7 @@ def test_samples_without_spans_train_as_text(model, processor, tmp_path):
 
 def test_collapsed_targets_are_warned_of(model, processor, tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr("ilvr.trainer.ilvr_trainer.mean_pairwise_cosine", lambda targets: 0.995)
+    monkeypatch.setattr("ilvr.trainer.alignment.mean_pairwise_cosine", lambda targets: 0.995)
     monkeypatch.setattr("ilvr.trainer.ilvr_trainer.logger.warning_once", messages.append)
     make_trainer(model, processor, tmp_path, max_steps=1).train()
     assert any("nearly all alike" in message for message in messages)
