@@ -7,6 +7,7 @@ from .controls import CONTROLS, follow_donors, run_controls
 from .generation import Answer, answer_batch, answer_with_latents, generate_answers
 from .metrics import Score, load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents, patch_similarity
+from .question_files import load_questions
 from .questions import Questions
 from .records import Evaluator, Record, Run
 
@@ -32,6 +33,7 @@ __all__ = [
     "follow_donors",
     "generate_answers",
     "load_metric",
+    "load_questions",
     "patch_similarity",
     "run_controls",
     "score_each",

@@ -9,7 +9,8 @@ import evaluate
 import ilvr.tasks
 
 
-_GENERAL = {path.stem: path for path in [Path(__file__).parent / "boxed_exact_match.py"]}
+HERE = Path(__file__).parent
+_GENERAL = {path.stem: path for path in (HERE / "boxed_exact_match.py", HERE / "multiple_choice.py")}
 _OF_TASKS = {path.parts[-3]: path for path in Path(ilvr.tasks.__file__).parent.glob("*/metric/[!_]*.py")}
 METRICS = {**_GENERAL, **_OF_TASKS}
 

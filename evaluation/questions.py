@@ -50,7 +50,7 @@ class Questions:
             form (`str`, *optional*, defaults to `"trace"`): see [`~ilvr.tasks.Task.dataset`].
             samples (`int`, *optional*, defaults to all): how many, evenly spread over the test split.
         """
-        dataset = _spread(task.dataset("test", form), samples)
+        dataset = spread(task.dataset("test", form), samples)
         references = [task.reference(sample) for sample in dataset.remove_columns("images")]
         return cls(dataset, references, task.metric, task.title, task)
 
@@ -74,14 +74,16 @@ class Questions:
         Raises:
             ValueError: names the first sample without an answer.
         """
-        dataset = _spread(dataset, samples)
+        dataset = spread(dataset, samples)
         answers = dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset)
         if None in answers:
             raise ValueError(
                 f"answer: sample {answers.index(None)} of {name} has none, so that nothing is right or wrong. Add the "
                 "answers, or leave such samples out."
             )
-        return cls(dataset, answers, metric, name)
+        questions = cls(dataset, answers, metric, name)
+        questions.is_right([""] * len(answers), answers)  # a metric refuses references that it cannot read
+        return questions
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -119,7 +121,7 @@ class Questions:
         return digest.hexdigest()
 
 
-def _spread(dataset: Dataset, samples: int | None) -> Dataset:
+def spread(dataset: Dataset, samples: int | None) -> Dataset:
     """Some samples, evenly spread, for test splits may be sorted by difficulty."""
     if samples is None or samples >= len(dataset):
         return dataset
