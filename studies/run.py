@@ -71,7 +71,7 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
     else:
         source = run(study, arm.after, seed)
         model = ILVRForConditionalGeneration.from_pretrained(source, attn_implementation="eager", **arm.model)
-        processor = ILVRProcessor.from_pretrained(source)
+        processor = ILVRProcessor.from_pretrained(source, latent_size=model.config.latent_size)
     print(f"\n=== {name}, seed {seed} ===", flush=True)
     trainer = ILVRTrainer(
         model,
