@@ -1,4 +1,4 @@
-"""`ilvr COMMAND …`: finds the subcommand; only its own module is imported."""
+"""`ilvr COMMAND …`: finds the subcommand, and imports its module and no other command's."""
 
 import sys
 from importlib import import_module

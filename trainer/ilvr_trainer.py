@@ -132,7 +132,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 train_dataset = add_helper_prompts(train_dataset, **asked)
                 eval_dataset = _each(eval_dataset, partial(add_helper_prompts, **asked))
             if self.keeps_teacher:
-                known = {
+                known: dict[str, Any] = {
                     "required": SELECTORS[args.selection_method].reads_followed,
                     "num_proc": args.dataset_num_proc,
                 }
