@@ -25,3 +25,9 @@ def all_cells(size: int) -> list[Cell]:
 def patch_of(cell: Cell, size: int) -> int:
     """The number of a cell in raster order: that of its patch, where a patch is as large as a cell."""
     return cell[0] * size + cell[1]
+
+
+def cell_of(name: str) -> Cell:
+    """The cell of a name."""
+    row, column = name.split()
+    return ROWS.index(row), COLUMNS.index(column)

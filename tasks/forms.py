@@ -7,7 +7,7 @@ Each form is an arm of a comparison. All of them name the steps in the same word
 | `trace` | a helper image, which becomes a span of K latents: K + 2 positions |
 | `answer` | nothing, nor are the steps named: the answer alone |
 | `text` | the state in words, as many as it takes |
-| `text_equal` | the state in K + 2 words: its shortest spelling, filled up with `FILLER` |
+| `text_equal` | the state in K + 2 words: its shortest spelling, filled up with `FILLER` or cut |
 | `pads` | `FILLER` K + 2 times: as much computation as a span, and nothing that is fed back |
 
 A word is one token of a tokenizer that was trained on [`Task.texts`]; so `trace`, `text_equal` and `pads` take equally
@@ -31,7 +31,6 @@ INSTRUCTIONS = {
 }
 FORMS = tuple(INSTRUCTIONS)
 FILLER = " …"
-SHORTEST_SPAN = 3  # words of a state that is always told in full: start and end of a span, and one latent
 
 
 def check_form(split: str, form: str, forms: Iterable[str] = FORMS) -> None:
@@ -76,12 +75,9 @@ def add_step(
         form (`str`): one of `FORMS`.
         step (`str`): words that name the step and not its result; they start with a space, as all words here do.
         state (`str`): the state after the step in words.
-        short_state (`str`, *optional*, defaults to `state`): the same in at most `SHORTEST_SPAN` words.
+        short_state (`str`, *optional*, defaults to `state`): its shortest spelling, what matters most first.
         picture (`Callable[[], Image]`): draws the state, for `trace`.
         latent_size (`int`): latents K of a span.
-
-    Raises:
-        ValueError: if the short state has more words than the shortest span has positions.
     """
     if form == "answer":
         return
@@ -91,8 +87,6 @@ def add_step(
     elif form == "text":
         builder.add_text(state, "step")
     else:
-        said = "" if form == "pads" else state if short_state is None else short_state
-        missing = latent_size + 2 - len(said.split())
-        if len(said.split()) > SHORTEST_SPAN:
-            raise ValueError(f"The state {said!r} has more than {SHORTEST_SPAN} words. Give a short_state.")
-        builder.add_text(said + FILLER * missing, "step")
+        positions = latent_size + 2
+        said = [] if form == "pads" else (short_state or state).split()[:positions]
+        builder.add_text("".join(f" {word}" for word in said) + FILLER * (positions - len(said)), "step")
