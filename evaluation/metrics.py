@@ -67,3 +67,10 @@ def scores_by_group(result: dict[str, float]) -> dict[str, Score]:
         )
         for end in groups
     }
+
+
+def plain_rates(result: dict[str, float]) -> list[str]:
+    """Names of the rates in a metric's result that have no interval, such as `invalid`, without those of groups."""
+    groups = [f"_{group}" for group in scores_by_group(result) if group]
+    ends = ("_low", "_high", *groups)
+    return [key for key in result if key != "count" and f"{key}_low" not in result and not key.endswith(ends)]

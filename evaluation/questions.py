@@ -85,6 +85,11 @@ class Questions:
         questions.is_right([""] * len(answers), answers)  # a metric refuses references that it cannot read
         return questions
 
+    def select(self, samples: int) -> "Questions":
+        """Some of the questions, evenly spread."""
+        dataset, references = (spread(rows, samples) for rows in (self.dataset, self.references))
+        return Questions(dataset, references, self.metric_name, self.name, self.task)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -121,10 +126,11 @@ class Questions:
         return digest.hexdigest()
 
 
-def spread(dataset: Dataset, samples: int | None) -> Dataset:
-    """Some samples, evenly spread, for test splits may be sorted by difficulty."""
-    if samples is None or samples >= len(dataset):
-        return dataset
+def spread(rows: Any, samples: int | None) -> Any:
+    """Some of the rows of a data set or a list, evenly spread, for test splits may be sorted by difficulty."""
+    if samples is None or samples >= len(rows):
+        return rows
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    return dataset.select([i * len(dataset) // samples for i in range(samples)])
+    chosen = [i * len(rows) // samples for i in range(samples)]
+    return rows.select(chosen) if isinstance(rows, Dataset) else [rows[i] for i in chosen]
