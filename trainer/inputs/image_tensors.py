@@ -30,7 +30,9 @@ def encode_images(images: Iterable[PILImage.Image], processor: ILVRProcessor) ->
 
 
 def encode_helper_images(images: Iterable[PILImage.Image], processor: ILVRProcessor) -> dict[str, torch.Tensor]:
-    """As [`encode_images`], but each image by itself."""
+    """As [`encode_images`], but each image by itself: next to others a processor may pad it, or cut it otherwise."""
+    if "image_grid_thw" in processor.model_input_names:  # patches of all images in a row, each with its own grid
+        return encode_images(images, processor)
     return merge_images([encode_images([image], processor) for image in images])
 
 

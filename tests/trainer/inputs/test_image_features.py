@@ -9,9 +9,10 @@ import pytest
 import torch
 from backbones import FULLY_TESTED
 from datasets import Dataset
-from helpers import SAMPLES, make_dataset, make_trainer
+from helpers import SAMPLES, every_backbone, make_dataset, make_image, make_trainer
 
 from ilvr.trainer import ILVRTrainer
+from ilvr.trainer.inputs.image_tensors import encode_helper_images, encode_images, merge_images
 from ilvr.trainer.running.adapters import vision_modules
 
 
@@ -107,3 +108,13 @@ def test_memory_does_not_grow_with_the_data(backbone_dir, tmp_path, freeze):
     assert done.returncode == 0, done.stderr[-2000:]
     few, many = (float(grown) for grown in done.stdout.split("grown ")[1:])  # MB
     assert many < few + 60, (few, many)
+
+
+@every_backbone
+def test_helper_images_of_a_sample_are_as_each_by_itself(processor):
+    images = [make_image("red"), make_image("green", 64), make_image("blue")]
+    together = encode_helper_images(iter(images), processor)
+    alone = merge_images([encode_images([image], processor) for image in images])
+    assert together.keys() == alone.keys() and len(together["image_lengths"]) == 3
+    for name, tensor in alone.items():
+        assert torch.equal(together[name], tensor), name
