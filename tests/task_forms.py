@@ -24,8 +24,9 @@ def check_forms(task: Task, split: str, latent_size: int) -> dict[str, Dataset]:
     for samples in zip(*rows.values()):
         assert len({sample["answer"] for sample in samples}) == 1
         facts = [json.loads(sample["metadata"]) for sample in samples]
-        asked = [facts_of_one.pop("helper_questions", None) for facts_of_one in facts]  # of helper images, in a trace
-        assert all(facts_of_one == facts[0] for facts_of_one in facts) and not any(asked[1:])
+        _, asked = zip(*((own.pop("task", None), own.pop("helper_questions", None)) for own in facts))
+        assert all(own == facts[0] for own in facts)
+        assert not any(asked[1:])  # only a trace has helper images to ask about
         assert len({bytes(sample["images"][0]["bytes"]) for sample in samples}) == 1  # the same picture in question
         questions = [words_of(sample, "user").rsplit(". ", 1)[0] for sample in samples]
         assert len(set(questions)) == 1
@@ -35,7 +36,10 @@ def check_forms(task: Task, split: str, latent_size: int) -> dict[str, Dataset]:
         spans = len(trace["images"]) - 1
         assert spans > 0 and all(len(by_form[form]["images"]) == 1 for form in FORMS if form != "trace")
         assert len(task.followed_patches(trace)) == spans  # one for each helper image
-        words = {form: words_of(sample, "assistant").split() for form, sample in by_form.items()}
+        words = {
+            form: words_of(sample, "assistant").replace("\\boxed", " \\boxed").split()
+            for form, sample in by_form.items()
+        }
         filled = len(words["trace"]) + spans * (latent_size + 2)
         assert len(words["text_equal"]) == len(words["pads"]) == filled
         assert [word for word in words["pads"] if word != FILLER.strip()] == words["trace"]

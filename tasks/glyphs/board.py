@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of
+from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
 
 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -44,7 +44,7 @@ class GlyphBoard:
         return round(len(self.tiles) ** 0.5)
 
     def __getitem__(self, cell: Cell) -> str:
-        return self.tiles[cell[0] * self.size + cell[1]]
+        return self.tiles[patch_of(cell, self.size)]
 
     def neighbours(self, cell: Cell) -> dict[str, Cell]:
         """The cells next to a cell, by direction."""
@@ -74,8 +74,10 @@ class GlyphBoard:
         return self._with({cell: (turned if kind == "turn" else flipped)(self[cell], argument)})
 
     def _with(self, patterns: dict[Cell, str]) -> "GlyphBoard":
-        tiles = tuple(patterns.get(cell, self[cell]) for cell in all_cells(self.size))
-        return replace(self, tiles=tiles)
+        tiles = list(self.tiles)
+        for cell, pattern in patterns.items():
+            tiles[patch_of(cell, self.size)] = pattern
+        return replace(self, tiles=tuple(tiles))
 
     def split(self, seed: int) -> str:
         """The split, `train` or `test`, of boards with these tiles under `seed`, whichever is followed."""
@@ -125,7 +127,7 @@ def _rows(pattern: str) -> list[str]:
 def sample_board(rng: random.Random, size: int, split: str, seed: int) -> GlyphBoard:
     """A board of a split; each dot, and the tile that is followed, drawn by `rng`."""
     while True:
-        tiles = tuple("".join(rng.choice("01") for _ in range(SIDE**2)) for _ in range(size**2))
+        tiles = tuple(f"{rng.getrandbits(SIDE**2):0{SIDE**2}b}" for _ in range(size**2))
         board = GlyphBoard(tiles, (rng.randrange(size), rng.randrange(size)))
         if board.split(seed) == split:
             return board

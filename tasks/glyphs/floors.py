@@ -12,7 +12,8 @@ Each floor knows which tile a move is of, and lacks one part of the work:
 | `stamps_of_places` | takes all moves in their order; a stamp is read off the picture, at its place |
 | `stamps_of_tiles` | the same, off the tile's first place: all is followed but what moves did to the other tiles |
 
-A model that answers more often than the largest has to do serial work on more than one tile.
+A model that answers more often than the largest has to do serial work on more than one tile. With the default weights,
+4,000 episodes and seed 0, the five are right on 7.2, 30.5, 18.7, 46.6 and 53.5 % of the questions of six moves.
 """
 
 import argparse

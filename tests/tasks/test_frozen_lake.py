@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 from PIL import Image
+from task_forms import check_forms, check_refusals, check_vocabulary, words_of
 
 from ilvr.data import load_conversations
 from ilvr.data.images import open_image
 from ilvr.tasks import Task, load_task
+from ilvr.tasks.cells import all_cells, cell_name
 from ilvr.tasks.frozen_lake import FrozenLake, FrozenLakeMap, board_of, frozen_lake_dataset, render_board
 from ilvr.tasks.frozen_lake.board import MOVES, sample_map, sample_maps
 from ilvr.tasks.frozen_lake.conversations import PROMPTS, conversation
@@ -161,11 +163,77 @@ def test_load_task():
     pictures = task.draw(trace[0], " ".join(moves) + " \\boxed{U}")
     assert [caption for caption, _ in pictures] == [f"after {move}" for move in moves]
     assert np.array_equal(pictures[-1][1], open_image(trace[0]["images"][-1], "last"))
-    with pytest.raises(ValueError, match="no form 'base' of the split 'test'"):
-        task.dataset("test", "base")
+    check_refusals(task)
     for name in ("chess", "no.such.module:Task", f"{__name__}:Missing"):
         with pytest.raises(ValueError, match="There is no task .*package.module:Class"):
             load_task(name)
+
+
+@pytest.mark.parametrize("question, latent_size", [("plan", 1), ("outcome", 2)])
+def test_forms_say_the_same_in_their_own_way(question, latent_size):
+    task = load_task("frozen_lake", maps={3: 2}, test_maps={3: 3, 6: 3}, question=question, latent_size=latent_size)
+    forms = check_forms(task, "test", latent_size)
+    for trace, text, equal in zip(forms["trace"], forms["text"], forms["text_equal"]):
+        board = board_of(trace)
+        words = words_of(trace, "user" if question == "outcome" else "assistant").split("Plan: ")[-1]
+        plan = "".join(letter for letter in words.split("\\boxed")[0] if letter in MOVES)
+        cells = board.walk(plan)[1:]
+        end = f"\\boxed{{{trace['answer']}}}"
+        assert words_of(trace, "assistant") == "".join(f" {move}" for move in plan) + end
+        told = "".join(f" {move} {cell_name(cell)}" for move, cell in zip(plan, cells))
+        assert words_of(text, "assistant") == f"{told} {end}"
+        told = "".join(f" {move} {cell_name(cell)}{' …' * latent_size}" for move, cell in zip(plan, cells))
+        assert words_of(equal, "assistant") == f"{told} {end}"
+        assert [all_cells(board.size)[patch] for patch in task.followed_patches(trace)] == cells
+        pictures = task.draw(trace, words_of(trace, "assistant"))
+        for (_, picture), image in zip(pictures, trace["images"][1:], strict=True):
+            assert np.array_equal(picture, open_image(image, "helper"))
+
+
+def test_the_question_decides_the_metric():
+    settings = {"maps": {3: 1}, "test_maps": {4: 12}}
+    plan, outcome = load_task("frozen_lake", **settings), load_task("frozen_lake", **settings, question="outcome")
+    sample = outcome.dataset("test", "answer")[0]
+    assert plan.metric == "frozen_lake" and plan.reference(sample) == list(board_of(sample).rows)
+    assert outcome.metric == "boxed_exact_match" and outcome.reference(sample) in ("A", "B", "C")
+    assert outcome.title != plan.title and "neither (C)" in outcome.prompt
+
+
+def test_base_is_asked_where_the_player_is():
+    settings = {"maps": {3: 1}, "test_maps": {3: 1}, "base_maps": {3: 40}}
+    task = load_task("frozen_lake", **settings, base_tasks=["where+describe", "plan+moves"])
+    cells, starts = set(), 0
+    for sample in task.dataset("train", "base"):
+        asked, answer = (message["content"][-1]["text"] for message in sample["messages"][:2])
+        if asked == task.helper_question:
+            board, image = board_of(sample), open_image(sample["images"][0], "board")
+            cell = next(cell for cell in all_cells(3) if answer == f"\\boxed{{{cell_name(cell)}}}")
+            drawn = [render_board(board, cell, facing) for facing in (None, *MOVES)]
+            assert any(np.array_equal(image, picture) for picture in drawn)
+            cells.add(cell)
+            starts += cell == board.start
+    assert cells == set(all_cells(3)) and starts < 15  # anywhere, not only where a plan starts
+    with pytest.raises(ValueError, match="'where' has the player on any cell and 'plan' on the start"):
+        conversation(FrozenLakeMap(("SF", "FG")), "where+plan", random.Random(0))
+
+
+def test_every_word_is_one_token_of_the_vocabulary():
+    bases = {"base_maps": {3: 1, 8: 2}, "base_tasks": ["where+describe", "plan+moves", "distances"]}
+    forms = ["trace", "answer", "text", "text_equal", "pads"]
+    for question in ("plan", "outcome"):
+        task = load_task("frozen_lake", maps={3: 2, 8: 3}, test_maps={4: 1}, question=question, **bases)
+        check_vocabulary(task, [("train", "base"), *(("train", form) for form in forms)])
+
+
+def test_bad_settings():
+    for settings, message in [
+        ({"maps": {2: 1}}, r"maps are for boards of size 3 to 8, got sizes \[2\]"),
+        ({"base_maps": {9: 1}}, r"base_maps are for boards of size 3 to 8, got sizes \[9\]"),
+        ({"question": "why"}, "question must be 'plan' or 'outcome', got 'why'"),
+        ({"latent_size": 0}, "at least one latent"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_task("frozen_lake", **{"maps": {3: 1}, "test_maps": {3: 1}, **settings})
 
 
 class Other(Task):
@@ -217,9 +285,17 @@ def test_outcomes_are_balanced_and_true():
     for sample in data.remove_columns("images"):
         board = board_of(sample)
         plan = sample["messages"][0]["content"][1]["text"].removeprefix(start).replace(" ", "")
-        assert set(plan) <= set(MOVES)
+        assert plan and set(plan) <= set(MOVES)
         last = board.walk(plan)[-1]
         assert sample["answer"] == {"G": "A", "H": "B"}.get(board[last], "C")
+
+
+def test_an_outcome_has_a_plan_one_move_before_the_goal():
+    """No hole can be reached, so that a third of the plans have to end elsewhere than drawn."""
+    board = FrozenLakeMap(("SG", "FF"))
+    asked = [conversation(board, "outcome", random.Random(seed)) for seed in range(30)]
+    plans = [sample["messages"][0]["content"][1]["text"].split("Plan: ")[1] for sample in asked]
+    assert all(plans) and {sample["answer"] for sample in asked} == {"A", "C"}
 
 
 def test_bad_maps_and_requests():
