@@ -4,7 +4,6 @@ Shapes: B batch, T sequence, S spans, K latents a span, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -32,8 +31,10 @@ from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_mo
 from .running.checks import check_agreement, check_batch_size
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
+from .running.optimizer_state import OptimizerStateCallback
 from .running.sharding import is_sharded
 from .selection import SELECTORS, Selection
+from .student_inputs import StudentInputs
 from .target_selection import TargetSelector, select_beforehand
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
 from .watching.trackers import SelectionHistogramCallback
@@ -106,34 +107,27 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
-        preparation: dict[str, Any] = {
-            "processor": processing_class,
-            "stage": args.stage,
-            "max_length": args.max_length,
-            "num_proc": args.dataset_num_proc,
-        }
-        self.keeps_teacher = args.stage == 1
-        asks = self.keeps_teacher and SELECTORS[args.selection_method].asks_teacher
-        asked: dict[str, Any] = {
-            "processor": processing_class,
-            "question": args.helper_question,
-            "num_proc": args.dataset_num_proc,
-        }
-        with args.main_process_first(desc="preparation"):
-            train_dataset = prepare_dataset(train_dataset, **preparation)
-            eval_dataset = _each(eval_dataset, partial(prepare_dataset, **preparation))
-            if asks:
-                train_dataset = add_helper_prompts(train_dataset, **asked)
-                eval_dataset = _each(eval_dataset, partial(add_helper_prompts, **asked))
-            if self.keeps_teacher:
-                known = {
-                    "required": SELECTORS[args.selection_method].reads_followed,
-                    "num_proc": args.dataset_num_proc,
-                }
-                train_dataset = add_followed_patches(train_dataset, **known)
-                eval_dataset = _each(eval_dataset, partial(add_followed_patches, **known))
+        self.keeps_teacher = args.aligns
+        selector, workers = SELECTORS[args.selection_method], args.dataset_num_proc
 
-        own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)] if self.keeps_teacher else []
+        def prepare(dataset: Any, name: str = "train") -> Dataset | IterableDataset:
+            sizes: dict[str, Any] = {"stage": 1 if args.aligns else 2, "max_length": args.max_length}
+            dataset = prepare_dataset(dataset, processing_class, name=name, num_proc=workers, **sizes)
+            if args.aligns and selector.asks_teacher:
+                question = args.helper_question
+                dataset = add_helper_prompts(dataset, processing_class, question=question, name=name, num_proc=workers)
+            if args.aligns:
+                dataset = add_followed_patches(dataset, required=selector.reads_followed, name=name, num_proc=workers)
+            return dataset
+
+        with args.main_process_first(desc="preparation"):
+            train_dataset, eval_dataset = prepare(train_dataset), _each(eval_dataset, prepare)
+
+        own: list[TrainerCallback] = []
+        if self.keeps_teacher:
+            own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)]
+        if args.optimizer_state_from is not None:
+            own.append(OptimizerStateCallback(self, args.optimizer_state_from))
         super().__init__(
             model=model,
             args=args,
@@ -150,8 +144,14 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         )
         self.teacher: MomentumTeacher | None = None
         self.select_targets: TargetSelector | None = None
+        self.student_inputs = StudentInputs(args, self._predict_latents, self._progress)
+        if args.own_latents and is_sharded(self.accelerator):
+            raise ValueError(
+                "own_latents takes a forward more where rows are drawn, and the ranks of a sharded model have to run "
+                "equally many. Train with DDP or ZeRO-2, or set it to 0."
+            )
         if self.keeps_teacher:
-            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=asks)
+            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=selector.asks_teacher)
             self.select_targets = self._target_selector(self.teacher)
         if args.cache_images:
             with args.main_process_first(desc="encoding images"):
@@ -161,7 +161,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             with args.main_process_first(desc="selecting targets"):
                 self.train_dataset = self._select_once(self.train_dataset)
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._select_once(dataset))
-        if self.select_targets is not None and self.student.config.latent_head == "rescale":
+        if self.select_targets is not None and args.stage == 1 and self.student.config.latent_head == "rescale":
             self.student.config.latent_norm = self._target_norm()
 
     def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
@@ -210,12 +210,11 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         batch.inputs = inputs = self.encode_user_images(batch.inputs)
+        # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
         selection = None
         if self.select_targets is not None:
             with self.accelerator.autocast():
-                # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
                 selection = self.select_targets(batch)
-        targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
 
         # 4. The student, with the targets in the latent positions (stage 1) or its own latents (stage 2).
         # Logits only where some row has a label, unless the caller asked for them.
@@ -224,8 +223,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         columns = wanted.nonzero().flatten()
         outputs = model(
             **inputs,
-            latent_values=targets,
-            latent_mask=target_mask,
+            **self.student_inputs(inputs, selection, training=model.training),
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
             jacobi_iterations=self.args.jacobi_iterations,
             jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
@@ -240,17 +238,12 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             ce = ce * self.accelerator.num_processes
         loss = self.args.ce_weight * ce if self.args.stage == 1 else ce
         if selection is not None:
-            alignment, cosine = alignment_term(outputs.predicted_latents, selection, self.args)
-            num_samples = selection.mask.flatten(1).any(1).sum()
-            self.record(num_samples, alignment_loss=alignment)
-            self.record(selection.mask.sum(), latent_cosine=cosine)
-            for count, means in alignment_statistics(outputs.predicted_latents, selection):
-                self.record(count, **means)
+            alignment, weight = self._alignment(outputs.predicted_latents, selection), self._alignment_weight()
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
             if num_items_in_batch is not None:
-                alignment = alignment * num_samples / self._samples_per_rank
-            loss = loss + self.args.alignment_weight * alignment
-        elif self.args.jacobi_iterations is not None and outputs.latent_inputs is not None:
+                alignment = alignment * selection.mask.flatten(1).any(1).sum() / self._samples_per_rank
+            loss = loss + weight * alignment
+        if self.args.jacobi_iterations is not None and outputs.latent_inputs is not None:
             residual = (outputs.predicted_latents - outputs.latent_inputs).norm() / outputs.latent_inputs.norm()
             self.record(outputs.latent_inputs.any(-1).sum(), latent_residual=residual)
         self.record((labels != -100).sum(), **token_statistics(outputs.logits, labels))
@@ -258,6 +251,32 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.record(len(spans), spans_per_sample=spans.float().mean())
         self.record_tokens(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _alignment(self, latents: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """The alignment loss of the predicted latents (B, S, K, D); it and what belongs to it are recorded."""
+        alignment, cosine = alignment_term(latents, selection, self.args)
+        self.record(selection.mask.flatten(1).any(1).sum(), alignment_loss=alignment)
+        self.record(selection.mask.sum(), latent_cosine=cosine)
+        for count, means in alignment_statistics(latents, selection):
+            self.record(count, **means)
+        return alignment
+
+    def _alignment_weight(self) -> float:
+        weight = cast(float, self.args.alignment_weight)
+        if not self.args.alignment_anneal:
+            return weight
+        weight *= 1 - self._progress()
+        self.record(1, alignment_weight=weight)
+        return weight
+
+    def _progress(self) -> float:
+        """The share of the run's optimizer steps that are taken."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _predict_latents(self, **inputs: Any) -> torch.Tensor:
+        """The latents (B, S, K, D) that the student predicts."""
+        with self.accelerator.autocast():
+            return self.student.model(**inputs, use_cache=False).predicted_latents
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
         """Counts, beside the words, the samples with targets in all micro-batches of a step: their mean over ranks.
@@ -357,8 +376,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "then satisfied by their common direction. Freeze the vision tower if it is trained, and check that "
                 "the backbone can tell the helper images apart."
             )
-
-        if not 0.5 < logs.get("latent_norm_ratio", 1) < 2:
+        if self.args.stage == 1 and not 0.5 < logs.get("latent_norm_ratio", 1) < 2:
             logger.warning_once(
                 f"What the model would feed back is {logs['latent_norm_ratio']:.3g} times as long as what stage 1 "
                 "feeds it: inference will differ from training. Start the model with latent_head='rescale'."
@@ -380,13 +398,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         args = self.args
-        if args.stage == 2:
+        if not args.aligns:
             return {"stage": 2}
         selection = args.selection_method
         if selection == "query_top_p":
             selection += f", top-p {args.selection_top_p}, tau {args.selection_temperature}"
         return {
-            "stage": 1,
+            "stage": args.stage,
             "teacher decay": args.teacher_decay,
             "selection": selection,
             "latent head": self.student.config.latent_head,

@@ -53,7 +53,7 @@ def prepare_dataset(
     Args:
         dataset (`Dataset` or `IterableDataset`): with `messages` (or `prompt` and `completion`) and `images`.
         processor ([`ILVRProcessor`]).
-        stage (`int`): 1 needs helper images; samples without any train as text.
+        stage (`int`): 1, and all that aligns latents, needs helper images; samples without any train as text.
         max_length (`int`, *optional*): longest sequence kept, in tokens. Longer samples are dropped, counted and
             listed in a warning: a sequence is never cut, for the cut could fall into a latent span or an image.
         name (`str`, *optional*, defaults to `"train"`): of the data set, for messages.
@@ -75,8 +75,8 @@ def prepare_dataset(
         return prepared if max_length is None else prepared.filter(_is_kept, with_indices=True, fn_kwargs=limits)
     if stage == 1 and not any(prepared["num_spans"]):
         raise ValueError(
-            f"No sample of the {name} data has an image in an assistant turn, so stage 1 has nothing to align latents "
-            "with. Add helper images, or train in stage 2."
+            f"No sample of the {name} data has an image in an assistant turn, so there is nothing to align latents "
+            "with. Add helper images, or train in stage 2 without alignment_weight."
         )
     return prepared if max_length is None else _drop_long(prepared, max_length, name)
 
