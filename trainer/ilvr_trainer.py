@@ -4,6 +4,7 @@ Shapes: B batch, T sequence, S spans, K latents a span, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from ilvr.latent_spans import chunk_bounds
 from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, add_followed_patches, add_helper_prompts, prepare_dataset
+from .inputs.data_preparation import PREPARED_COLUMNS, prepare_for
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .losses import token_loss, token_statistics
@@ -108,18 +109,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         if peft_config is not None and not is_peft_model(model):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
         self.keeps_teacher = args.aligns
-        selector, workers = SELECTORS[args.selection_method], args.dataset_num_proc
-
-        def prepare(dataset: Any, name: str = "train") -> Dataset | IterableDataset:
-            sizes: dict[str, Any] = {"stage": 1 if args.aligns else 2, "max_length": args.max_length}
-            dataset = prepare_dataset(dataset, processing_class, name=name, num_proc=workers, **sizes)
-            if args.aligns and selector.asks_teacher:
-                question = args.helper_question
-                dataset = add_helper_prompts(dataset, processing_class, question=question, name=name, num_proc=workers)
-            if args.aligns:
-                dataset = add_followed_patches(dataset, required=selector.reads_followed, name=name, num_proc=workers)
-            return dataset
-
+        prepare = partial(prepare_for, processor=processing_class, args=args)
         with args.main_process_first(desc="preparation"):
             train_dataset, eval_dataset = prepare(train_dataset), _each(eval_dataset, prepare)
 
@@ -151,7 +141,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "equally many. Train with DDP or ZeRO-2, or set it to 0."
             )
         if self.keeps_teacher:
-            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=selector.asks_teacher)
+            asks = SELECTORS[args.selection_method].asks_teacher
+            self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=asks)
             self.select_targets = self._target_selector(self.teacher)
         if args.cache_images:
             with args.main_process_first(desc="encoding images"):
@@ -159,8 +150,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._cache_images(dataset))
         if self.select_targets is not None and args.selection_schedule == "once":
             with args.main_process_first(desc="selecting targets"):
-                self.train_dataset = self._select_once(self.train_dataset)
-                self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._select_once(dataset))
+                self.train_dataset = self.select_once(self.train_dataset)
+                self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self.select_once(dataset))
         if self.select_targets is not None and args.stage == 1 and self.student.config.latent_head == "rescale":
             self.student.config.latent_norm = self._target_norm()
 
@@ -327,8 +318,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         batch.inputs = self.encode_user_images(batch.inputs)
         return batch
 
-    def _select_once(self, dataset: Any) -> Dataset:
-        """The data set with what the model that training starts from selects."""
+    def select_once(self, dataset: Any) -> Dataset:
+        """A prepared data set with what the model that training starts from selects."""
 
         @torch.no_grad()
         def select(rows: list[dict[str, Any]]) -> Selection | None:

@@ -17,6 +17,9 @@ from ilvr.data.images import image_size
 from ilvr.data.sources import undecoded
 from ilvr.data.token_counts import SizeTokenizer, check_spans
 
+from ..ilvr_training_config import ILVRTrainingConfig
+from ..selection import SELECTORS
+
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +40,21 @@ FEATURES = Features(
     }
 )
 PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, FOLLOWED_PATCHES, "images")
+
+
+def prepare_for(
+    dataset: Any, processor: ILVRProcessor, args: ILVRTrainingConfig, *, name: str = "train"
+) -> Dataset | IterableDataset:
+    """A data set as a run with these `args` trains on it: see [`prepare_dataset`], [`add_helper_prompts`] and
+    [`add_followed_patches`]; `args` say which of them it takes."""
+    selector, workers = SELECTORS[args.selection_method], args.dataset_num_proc
+    sizes: dict[str, Any] = {"stage": 1 if args.aligns else 2, "max_length": args.max_length}
+    dataset = prepare_dataset(dataset, processor, name=name, num_proc=workers, **sizes)
+    if args.aligns and selector.asks_teacher:
+        dataset = add_helper_prompts(dataset, processor, question=args.helper_question, name=name, num_proc=workers)
+    if args.aligns:
+        dataset = add_followed_patches(dataset, required=selector.reads_followed, name=name, num_proc=workers)
+    return dataset
 
 
 def prepare_dataset(
