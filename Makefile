@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-RECIPE ?= examples/recipes/frozen_lake_small.yaml
+RECIPE ?= examples/recipes/shifts_small.yaml
 ROOMS := $(shell find modeling_ilvr trainer data tasks evaluation hub_cards commands -type d -not -name '__pycache__')
 
 .PHONY: help train test bench quality style

@@ -11,5 +11,5 @@ package_dir = {"ilvr": "modeling_ilvr", **{".".join(["ilvr", *folder.parts]): fo
 setup(
     packages=list(package_dir),
     package_dir=package_dir,
-    package_data={"ilvr": ["py.typed"], "ilvr.hub_cards": ["*.md"]},
+    package_data={"ilvr": ["py.typed"], "ilvr.hub_cards": ["*.md"], "ilvr.evaluation": ["*.html"]},
 )

@@ -1,4 +1,4 @@
-"""`ilvr COMMAND …`: finds the subcommand; only its own module is imported."""
+"""`ilvr COMMAND …`: finds the subcommand, and imports its module and no other command's."""
 
 import sys
 from importlib import import_module
@@ -7,6 +7,8 @@ from importlib import import_module
 # name: (module with `main(arguments) -> exit status`, one line of help)
 COMMANDS = {
     "convert": ("ilvr.commands.convert", "turn a checkpoint of the paper's code into an ILVR checkpoint"),
+    "evaluate": ("ilvr.commands.evaluate", "answer questions with a checkpoint, score them, replace its latents"),
+    "audit": ("ilvr.commands.audit", "does a model use its latents, and what do they hold? numbers and a page"),
     "check-data": ("ilvr.commands.check_data", "report what is in a data set and what is wrong with it"),
 }
 

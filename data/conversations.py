@@ -109,19 +109,21 @@ class ConversationBuilder:
             if image is not None:
                 self.add_image(*image)
 
-    def finish(self, row: dict, used: set[str], answer: object) -> dict:
+    def finish(self, row: dict, used: set[str], answer: object, *, answered: bool = True) -> dict:
         """The sample with the columns of `FEATURES`.
 
         Args:
             row (`dict`): the row it was made from.
             used (`set[str]`): fields of the row that are in the conversation; the others go to `metadata`, as JSON.
             answer (`str`, *optional*): the final answer.
+            answered (`bool`, *optional*, defaults to `True`): whether there is an assistant's turn; a question to
+                evaluate on needs none.
 
         Raises:
             SampleError: if there is nothing to answer, or nothing to learn from, or the answer is no valid Unicode.
         """
         has_words = {m["role"] for m in self.messages if any((p["text"] or "").strip() for p in m["content"])}
-        for role in ("user", "assistant"):
+        for role in ("user", "assistant") if answered else ("user",):
             # An image alone asks nothing and answers nothing.
             if role not in has_words:
                 raise SampleError(f"{role} turn", "has no words. Add them or leave the sample out.")

@@ -36,6 +36,18 @@ def read_reference(row: dict, locate: Locate) -> dict:
     return builder.finish(row, used, row.get("original_final_answer"))
 
 
+def read_question(row: dict, locate: Locate) -> dict:
+    """A row to evaluate on, without `sequence_plan`: `text_input`, `image_input` and `original_final_answer`.
+
+    Raises:
+        SampleError: names the bad field.
+    """
+    builder = ConversationBuilder(locate)
+    add_question(builder, row)
+    used = {"text_input", "image_input", "original_final_answer"}
+    return builder.finish(row, used, row.get("original_final_answer"), answered=False)
+
+
 def add_question(builder: ConversationBuilder, row: dict) -> None:
     """The user's turn: each `<image>` of `text_input` becomes an image; without such marks the images come first."""
     text, images = required(row, "text_input"), row.get("image_input")

@@ -1,20 +1,41 @@
-"""Evaluation: metrics, answers of a model, reports of checkpoints, pictures of latents."""
+"""Evaluation: metrics, answers of a model, controls of its latents, reports of checkpoints, pictures of latents."""
 
+from .audit_results import Audit, ModelAudit, Verdict
+from .auditing import audit, audit_model
 from .checkpoints import evaluate_checkpoints, score_table
-from .generation import answer_with_latents, generate_answers
+from .controls import CONTROLS, follow_donors, run_controls
+from .generation import Answer, answer_batch, answer_with_latents, generate_answers
 from .metrics import Score, load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents, patch_similarity
+from .question_files import load_questions
+from .questions import Questions
+from .records import Evaluator, Record, Run
 
 
 __all__ = [
+    "CONTROLS",
+    "Answer",
+    "Audit",
+    "Evaluator",
+    "ModelAudit",
+    "Questions",
+    "Record",
+    "Run",
     "Score",
+    "Verdict",
+    "answer_batch",
     "answer_with_latents",
+    "audit",
+    "audit_model",
     "draw_curves",
     "draw_latents",
     "evaluate_checkpoints",
+    "follow_donors",
     "generate_answers",
     "load_metric",
+    "load_questions",
     "patch_similarity",
+    "run_controls",
     "score_each",
     "score_table",
     "scores_by_group",

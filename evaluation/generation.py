@@ -1,5 +1,9 @@
-"""Answers of a model to the questions of a data set, in batches, or one by one with the latents."""
+"""Answers of a model to the questions of a data set, in batches, or one by one with the latents.
 
+B batch, T sequence, K latents a span, D hidden.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +14,77 @@ from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.data import prompt_of
 
 
+GREEDY = {"do_sample": False, "max_new_tokens": 256}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one question.
+
+    Args:
+        text (`str`): the generated words, without latents and other special tokens.
+        tokens (`int`): generated tokens, those of spans and the end included.
+        spans (`int`): spans generated in full.
+        finished (`bool`): whether the answer came to its end, and was not cut off by `max_new_tokens`.
+        latents (`torch.Tensor` of shape `(spans, K, D)`, *optional*): if they were asked for.
+    """
+
+    text: str
+    tokens: int
+    spans: int
+    finished: bool
+    latents: torch.Tensor | None = None
+
+
 @torch.inference_mode()
+def answer_batch(
+    model: ILVRForConditionalGeneration,
+    processor: ILVRProcessor,
+    samples: list[dict[str, Any]],
+    *,
+    output_latents: bool = False,
+    **generate_kwargs: Any,
+) -> list[Answer]:
+    """Answers to the first question of each sample, generated at once.
+
+    Args:
+        model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
+        samples (`list[dict]`): with `messages` and `images`.
+        output_latents (`bool`, *optional*, defaults to `False`): whether answers hold their latents.
+        generate_kwargs: passed to `generate`; greedy decoding of up to 256 tokens by default.
+
+    Returns:
+        `list[Answer]`: one for each sample.
+    """
+    model.eval()
+    inputs = processor.apply_chat_template(
+        [prompt_of(sample) for sample in samples],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device)
+    settings = {**GREEDY, **generate_kwargs, "return_dict_in_generate": True}
+    if output_latents:
+        settings["output_latents"] = True
+    output = model.generate(**inputs, **settings)
+    new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
+    lengths, finished = _lengths(new_ids, model.generation_config.eos_token_id)
+    spans = (new_ids == processor.latent_token_ids[2]).sum(1).tolist()
+    texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+    latents = output.latents if output_latents else [None] * len(texts)
+    return [Answer(*row) for row in zip(texts, lengths, spans, finished, latents)]
+
+
+def _lengths(new_ids: torch.Tensor, end_ids: int | list[int] | None) -> tuple[list[int], list[bool]]:
+    """Tokens of each row of `new_ids` (B, T) up to its first end, which is counted; and whether it has one."""
+    ends = torch.tensor([end_ids] if isinstance(end_ids, int) else end_ids or [], device=new_ids.device)
+    is_end = torch.isin(new_ids, ends)
+    lengths = ((is_end.cumsum(1) - is_end.long()) == 0).sum(1)  # columns with no end before them
+    return lengths.tolist(), is_end.any(1).tolist()
+
+
 def generate_answers(
     model: ILVRForConditionalGeneration,
     processor: ILVRProcessor,
@@ -32,25 +106,13 @@ def generate_answers(
     Returns:
         `list[str]`: the generated words, without latents and other special tokens.
     """
-    generate_kwargs = {"do_sample": False, "max_new_tokens": 256, **generate_kwargs}
-    model.eval()
     answers = []
     for start in tqdm(range(0, len(dataset), batch_size), desc=desc):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        inputs = processor.apply_chat_template(
-            [prompt_of(row) for row in rows],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device)
-        output = model.generate(**inputs, **generate_kwargs)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [answer.text for answer in answer_batch(model, processor, rows, **generate_kwargs)]
     return answers
 
 
-@torch.inference_mode()
 def answer_with_latents(
     model: ILVRForConditionalGeneration, processor: ILVRProcessor, sample: dict[str, Any], **generate_kwargs: Any
 ) -> tuple[str, torch.Tensor]:
@@ -64,11 +126,6 @@ def answer_with_latents(
     Returns:
         `tuple[str, torch.Tensor]`: the generated words, and the latents of shape (spans, K, D).
     """
-    model.eval()
-    inputs = processor.apply_chat_template(
-        [prompt_of(sample)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    settings = {"do_sample": False, "return_dict_in_generate": True, "output_latents": True, **generate_kwargs}
-    output = model.generate(**inputs, **settings)
-    new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(new_ids, skip_special_tokens=True), output.latents[0]
+    (answer,) = answer_batch(model, processor, [sample], output_latents=True, **generate_kwargs)
+    assert answer.latents is not None
+    return answer.text, answer.latents

@@ -9,7 +9,8 @@ import evaluate
 import ilvr.tasks
 
 
-_GENERAL = {path.stem: path for path in [Path(__file__).parent / "boxed_exact_match.py"]}
+HERE = Path(__file__).parent
+_GENERAL = {path.stem: path for path in (HERE / "boxed_exact_match.py", HERE / "multiple_choice.py")}
 _OF_TASKS = {path.parts[-3]: path for path in Path(ilvr.tasks.__file__).parent.glob("*/metric/[!_]*.py")}
 METRICS = {**_GENERAL, **_OF_TASKS}
 
@@ -66,3 +67,10 @@ def scores_by_group(result: dict[str, float]) -> dict[str, Score]:
         )
         for end in groups
     }
+
+
+def plain_rates(result: dict[str, float]) -> list[str]:
+    """Names of the rates in a metric's result that have no interval, such as `invalid`, without those of groups."""
+    groups = [f"_{group}" for group in scores_by_group(result) if group]
+    ends = ("_low", "_high", *groups)
+    return [key for key in result if key != "count" and f"{key}_low" not in result and not key.endswith(ends)]

@@ -22,7 +22,7 @@ class Recipe:
     )
     model_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of from_pretrained."})
     latent_size: int = field(default=8, metadata={"help": "Latents in a span."})
-    latent_head: str = field(default="identity", metadata={"help": "identity, linear or mlp."})
+    latent_head: str = field(default="identity", metadata={"help": "identity, rescale, linear or mlp."})
     dataset: str | None = field(default=None, metadata={"help": "File, folder or Hub id for `load_conversations`."})
     dataset_kwargs: dict = field(default_factory=dict, metadata={"help": "Further arguments of it: image_root, …"})
     task: str | None = field(default=None, metadata={"help": "Task for `load_task`: tests, and training data."})
@@ -34,6 +34,7 @@ class Recipe:
     training: dict = field(default_factory=dict, metadata={"help": "Training arguments of all phases."})
     base: dict = field(default_factory=dict, metadata={"help": "The phase that makes a small backbone see."})
     answer_only: dict = field(default_factory=dict, metadata={"help": "The control without traces."})
+    text: dict = field(default_factory=dict, metadata={"help": "The control whose traces have words for latents."})
     stage1: dict = field(default_factory=dict, metadata={"help": "Alignment with the momentum teacher."})
     stage2: dict = field(default_factory=dict, metadata={"help": "Training through the model's own latents."})
 
@@ -45,13 +46,13 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         raise ValueError(f"There is nothing to train on. Name a recipe, --config {known}; or --dataset, or --task.")
     if recipe.task is None and (recipe.backbone is None or recipe.base):
         raise ValueError("Without a task there is no small backbone to build or to teach. Name a --backbone.")
-    if recipe.answer_only and not recipe.base:
-        raise ValueError("`answer_only` continues `base`, as stage 1 does. Add `base`, or leave it out.")
-    phases = {"base": recipe.base, "answer_only": recipe.answer_only}
+    phases = {"base": recipe.base, "answer_only": recipe.answer_only, "text": recipe.text}
     phases = {name: own for name, own in phases.items() if own} | {"stage1": recipe.stage1, "stage2": recipe.stage2}
-    if "answer_only" in phases:
+    for control in {"answer_only", "text"} & set(phases):
+        if not recipe.base:
+            raise ValueError(f"`{control}` continues `base`, as stage 1 does. Add `base`, or leave it out.")
         steps = recipe.stage1["max_steps"] + recipe.stage2["max_steps"]
-        phases["answer_only"] = {**recipe.answer_only, "max_steps": steps}
+        phases[control] = {"max_steps": steps, **phases[control]}
     for name, own in phases.items():
         folder, stage = f"{recipe.output_dir}/{name}", 1 if name == "stage1" else 2
         phases[name] = {"output_dir": folder, "stage": stage, "seed": recipe.seed, **recipe.training, **own}

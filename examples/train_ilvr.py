@@ -4,9 +4,9 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_ilvr.py \\
         --config examples/recipes/qwen2_5_vl_7b.yaml --dataset data/train.jsonl
 
-A recipe without `backbone` builds a small Qwen2.5-VL and teaches it to see first (`base`). Stage 2 continues stage 1;
-`answer_only` continues the same base on answers without traces, for as many steps, as the control. With `lora` the
-backbone stays as it is: both stages train one adapter, which is merged in the end.
+A recipe without `backbone` builds a small Qwen and teaches it to see first (`base`). Stage 2 continues stage 1. Two
+controls continue the same base for as many steps: `answer_only` without traces, `text` with words in place of latents.
+With `lora` the backbone stays as it is: both stages train one adapter, which is merged in the end.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ from ilvr.trainer.running.checkpoints import last_whole_checkpoint
 
 
 ANSWER = Path(__file__).parent / "generate_answers.py"
-FORMS = {"base": "base", "answer_only": "answer", "stage1": "trace", "stage2": "trace"}  # of a task's training data
+FORMS = {"base": "base", "answer_only": "answer", "text": "text", "stage1": "trace", "stage2": "trace"}
 
 
 def train(phase: str, settings: dict[str, Any], data: Dataset, model, processor, recipe: Recipe) -> ILVRModelCard:
@@ -103,7 +103,7 @@ def main(recipe: Recipe) -> None:
         processor.save_pretrained(f"{recipe.output_dir}/merged")
     if task is not None:
         print("\n=== evaluation ===", flush=True)
-        forms = {phase: "trace" if phase.startswith("stage") else "answer" for phase in cards}
+        forms = {phase: "answer" if phase == "base" else FORMS[phase] for phase in cards}
         evaluate_checkpoints(task, cards, recipe.output_dir, forms=forms, reload_script=ANSWER, **recipe.evaluation)
 
 

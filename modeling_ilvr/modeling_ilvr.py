@@ -377,8 +377,10 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         model.model.latent_head.to_empty(device=vlm.device)
         model.model.latent_head.apply(model._init_weights)
         model.model.latent_head.to(vlm.dtype)
-        # A word's size, until stage 1 has measured that of the features it aligns latents with.
-        config.latent_norm = float(vlm.get_input_embeddings().weight.detach().float().norm(dim=-1).mean())
+        words = vlm.get_input_embeddings().weight.detach()
+        if latent_head == "rescale" and not words.is_meta:
+            # A word's size, until stage 1 has measured that of the features it aligns latents with.
+            config.latent_norm = float(words.norm(dim=-1, dtype=torch.float32).mean())
         model.generation_config = vlm.generation_config
         model.tie_weights()
         return model.eval()

@@ -91,6 +91,9 @@ class ILVRProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): renders an image of an assistant turn as a latent span.
         latent_size (`int`, *optional*, defaults to 8): K, the number of `<|latent_pad|>` in a span.
         backbone_processor (`dict`, *optional*): `processor_class` of the backbone and its further arguments.
+
+    Raises:
+        ValueError: if the tokenizer has no latent tokens, or `backbone_processor` names no processor.
     """
 
     def __init__(
@@ -101,6 +104,12 @@ class ILVRProcessor(ProcessorMixin):
         latent_size: int = 8,
         backbone_processor: dict[str, Any] | None = None,
     ) -> None:
+        missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_added_vocab()]
+        if missing:
+            raise ValueError(
+                f"The tokenizer has no {', '.join(missing)}. Start from a plain backbone with "
+                "`ILVRProcessor.from_backbone`, or use the tokenizer that was saved with the checkpoint."
+            )
         self.latent_size = latent_size
         self.backbone_processor = backbone_processor or {"processor_class": "Qwen2_5_VLProcessor"}
         arguments = dict(self.backbone_processor)

@@ -1,4 +1,42 @@
-"""A task: questions with known answers, a metric, and pictures of what is meant."""
+"""A task: questions with known answers, a metric, and pictures of what is meant.
+
+A metric of its own is a file in `metric/` of the task's folder; `load_metric` finds it by the folder's name.
+
+Example:
+
+```python
+>>> from datasets import Dataset
+>>> from PIL import Image
+>>> from ilvr.data.conversations import FEATURES, ConversationBuilder
+>>> from ilvr.tasks import Task
+>>> from ilvr.tasks.images import as_png
+
+>>> def strip(number):
+...     return Image.new("RGB", (32 * number, 32), "red")
+
+>>> class Strips(Task):
+...     title, metric, prompt = "Strips", "boxed_exact_match", "How many squares long is the strip?"
+...
+...     def dataset(self, split, form="trace"):
+...         numbers = [2, 4] if split == "test" else [1, 3, 5]
+...         return Dataset.from_list([self.sample(number, form) for number in numbers], features=FEATURES)
+...
+...     def sample(self, number, form):
+...         builder = ConversationBuilder(as_png)
+...         builder.add_turn("user", "question")
+...         builder.add_image(strip(number), "question")
+...         builder.add_text(self.prompt, "question")
+...         builder.add_turn("assistant", form)
+...         for length in range(1, number + 1) if form == "trace" else ():
+...             builder.add_text(f" {length}", "step")
+...             builder.add_image(strip(length), "step")
+...         builder.add_text(f" \\boxed{{{number}}}", "answer")
+...         return builder.finish({}, set(), answer=number)
+...
+...     def texts(self):
+...         return [self.prompt, " 1 2 3 4 5", " \\boxed{1}"]
+```
+"""
 
 from abc import ABC, abstractmethod
 from importlib import import_module
@@ -11,10 +49,12 @@ from PIL import Image
 class Task(ABC):
     """Questions about pictures whose answers are known; a folder in `tasks/`, or a class of one's own.
 
-    A question comes in several forms, which differ in what the assistant says, not in what is asked for: `trace`
-    (words and helper images, then the answer), `answer` (the answer alone, for the control), `text` (the state in
-    words where a trace has a helper image) and `base` (what teaches a small backbone to see, of the training split
-    only). A task has `trace` and `answer`, and as many of the others as it can say; `form` may name further ones.
+    A question comes in several forms, which differ in what the assistant says, not in what is asked for; each is an
+    arm of a comparison, see `tasks/forms.py`: `trace` (words and helper images, then the answer), `answer` (the answer
+    alone), `text` (the state in words where a trace has a helper image), `text_equal` (the same in as many words as a
+    latent span has positions) and `pads` (as many words without a meaning). `base` is what teaches a small backbone to
+    see, of the training split only. A task has `trace` and `answer`, and as many of the others as it can say; `form`
+    may name further ones, and a form that a task does not have is refused.
     """
 
     title: str  # of its results, such as "FrozenLake planning"
@@ -28,10 +68,14 @@ class Task(ABC):
 
         Args:
             split (`str`): `train` or `test`.
-            form (`str`, *optional*, defaults to `"trace"`): `trace`, `answer`, `text`, `base`, or one of the task's.
+            form (`str`, *optional*, defaults to `"trace"`): one of those above, or the task's own.
 
         Returns:
-            `Dataset` with the columns of [`~ilvr.data.load_conversations`]. Tests of all forms have the same order.
+            `Dataset` with the columns of [`~ilvr.data.load_conversations`]. All forms of a split but `base` have the
+            same questions in the same order.
+
+        Raises:
+            ValueError: for a split or a form that the task does not have.
         """
 
     @abstractmethod

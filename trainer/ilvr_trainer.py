@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ilvr import ILVRProcessor
+from ilvr.latent_attention import AttentionRule
 from ilvr.latent_spans import chunk_bounds
 
 from .alignment import alignment_statistics, alignment_term
@@ -29,7 +30,7 @@ from .inputs.sampler import SpanGroupedSampler
 from .losses import token_loss, token_statistics
 from .relevance import RELEVANCES, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
-from .running.checks import check_agreement, check_batch_size
+from .running.checks import check_agreement, check_batch_size, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
 from .running.optimizer_state import OptimizerStateCallback
@@ -57,6 +58,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         processing_class ([`ILVRProcessor`], *optional*): loaded from the model's repository if not given.
         callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`].
         peft_config (`PeftConfig`, *optional*): trains an adapter, completed by what latent spans need.
+        attention_rule (`Callable`, *optional*): which columns the student may see, such as
+            [`hide_images_after_first_span`]; the teacher sees all. Give `generate` the same.
         kwargs: further arguments of [`~trl.SFTTrainer`].
 
     Raises:
@@ -90,6 +93,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         processing_class: ILVRProcessor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
+        attention_rule: AttentionRule | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or ILVRTrainingConfig("ilvr-output")
@@ -104,11 +108,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         base_model = ilvr_model(model)
         check_agreement(base_model, processing_class)
         check_batch_size(base_model, args, eval_dataset)
+        warn_of_slow_bf16(base_model, args)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
         self.keeps_teacher = args.aligns
+        self.attention_rule = attention_rule
         prepare = partial(prepare_for, processor=processing_class, args=args)
         with args.main_process_first(desc="preparation"):
             train_dataset, eval_dataset = prepare(train_dataset), _each(eval_dataset, prepare)
@@ -134,7 +140,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         )
         self.teacher: MomentumTeacher | None = None
         self.select_targets: TargetSelector | None = None
-        self.student_inputs = StudentInputs(args, self._predict_latents, self._progress)
+        self.student_inputs = StudentInputs(args, attention_rule, self._predict_latents, self._progress)
         if args.own_latents and is_sharded(self.accelerator):
             raise ValueError(
                 "own_latents takes a forward more where rows are drawn, and the ranks of a sharded model have to run "
@@ -385,12 +391,16 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return [] if self.teacher is None else [TEACHER_FILE]
 
     def run_settings(self) -> dict[str, Any]:
-        return {"stage": self.args.stage, **super().run_settings()}
+        return {"stage": self.args.stage, "attention_rule": self._rule_name(), **super().run_settings()}
+
+    def _rule_name(self) -> str | None:
+        return getattr(self.attention_rule, "__name__", None)
 
     def card_settings(self) -> dict[str, Any]:
         args = self.args
+        rule = {} if self.attention_rule is None else {"attention rule": self._rule_name()}
         if not args.aligns:
-            return {"stage": 2}
+            return {"stage": 2, **rule}
         selection = args.selection_method
         if selection == "query_top_p":
             selection += f", top-p {args.selection_top_p}, tau {args.selection_temperature}"
@@ -400,6 +410,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "selection": selection,
             "latent head": self.student.config.latent_head,
             "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment ({args.alignment})",
+            **rule,
         }
 
 

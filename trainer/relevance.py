@@ -127,20 +127,25 @@ class AnswerRelevance(ABC):
 
 
 class AnswerGradient(AnswerRelevance):
-    """The norm of the gradient of the answer's log-probability with respect to the patch's feature: which patch would
-    change what I say? See [`AnswerRelevance`]."""
+    """The norm of the gradient of the answer's log-probability with respect to the patch's state in the decoder, a sum
+    over the layers: which patch would change what I say? See [`AnswerRelevance`].
+
+    At the feature that enters the decoder the gradient is less telling: it also has what the first layer does with all
+    patches alike.
+    """
 
     def _at_once(self, columns: int) -> int:
         return max(1, TOKENS_AT_ONCE // columns)
 
     def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
         with torch.enable_grad():
-            features = features.requires_grad_()
-            logits = forward(features).logits[:, start - 1 : -1].float()
-            answer = ids[:, start:]
+            outputs = forward(features.requires_grad_(), output_hidden_states=True)
+            logits, answer = outputs.logits[:, start - 1 : -1].float(), ids[:, start:]
             log_probs = logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)  # (R, A)
-            (gradient,) = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), features)
-        return gradient.float().norm(dim=-1)
+            states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
+            gradients = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), states)
+        norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
+        return norms[ids == self.model.config.image_token_id]
 
 
 class AnswerAttention(AnswerRelevance):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ilvr import hide_images_after_first_span
+from ilvr.latent_attention import AttentionRule
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .selection import Selection
@@ -22,20 +23,34 @@ class StudentInputs:
 
     Args:
         args ([`ILVRTrainingConfig`]).
+        attention_rule (`Callable`, *optional*): of all rows, always.
         predict (`Callable`): the latents (B, S, K, D) that the student predicts for the inputs of [`ILVRModel`].
         progress (`Callable`): gives the share of the run that is done, 0 to 1.
+
+    Raises:
+        ValueError: if a rule is given beside `image_dropout`, which hides images by one of its own.
     """
 
     def __init__(
-        self, args: ILVRTrainingConfig, predict: Callable[..., torch.Tensor], progress: Callable[[], float]
+        self,
+        args: ILVRTrainingConfig,
+        attention_rule: AttentionRule | None,
+        predict: Callable[..., torch.Tensor],
+        progress: Callable[[], float],
     ) -> None:
-        self.args, self.predict, self.progress = args, predict, progress
+        self.args, self.attention_rule = args, attention_rule
+        self.predict, self.progress = predict, progress
+        if attention_rule is not None and args.image_dropout:
+            raise ValueError(
+                f"image_dropout={args.image_dropout} hides images from some rows by a rule of its own, beside which "
+                "there can be no attention_rule. Leave one of them out."
+            )
 
     def __call__(self, inputs: dict[str, Any], selection: Selection | None, *, training: bool) -> dict[str, Any]:
         """Further inputs of [`ILVRForConditionalGeneration`] for `inputs`."""
-        fed: dict[str, Any] = {}
+        fed: dict[str, Any] = {} if self.attention_rule is None else {"attention_rule": self.attention_rule}
         if selection is not None and self.args.stage == 1:
-            fed = {"latent_values": selection.targets, "latent_mask": selection.mask}
+            fed |= {"latent_values": selection.targets, "latent_mask": selection.mask}
             if training and self.args.own_latents:
                 fed = self._with_own_latents(inputs, fed)
         if training and self.args.image_dropout:
@@ -56,6 +71,7 @@ class StudentInputs:
             own = self.predict(**inputs, **fed).to(targets.dtype)
         drawn = rows.view(-1, 1, 1)
         return {
+            **fed,
             "latent_values": torch.where(drawn.unsqueeze(-1), own, targets),
             "latent_mask": torch.where(drawn, mask.any(-1, keepdim=True), mask),
         }

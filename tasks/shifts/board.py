@@ -8,19 +8,11 @@ import hashlib
 import random
 from dataclasses import dataclass
 
+from ilvr.tasks.cells import Cell, cell_name, column_names, row_names
 
-Cell = tuple[int, int]
-ROWS, COLUMNS = "abcdefgh", "stuvwxyz"  # names of rows and columns, which share no letter
+
 TILES = "FFHHG"  # what a cell is drawn from: frozen, hole, goal
 SPLIT_PERCENT = {"test": 20, "train": 80}
-
-
-def row_names(size: int) -> str:
-    return ROWS[:size]
-
-
-def column_names(size: int) -> str:
-    return COLUMNS[-size:]
 
 
 @dataclass(frozen=True)
@@ -39,12 +31,16 @@ class ShiftBoard:
     def size(self) -> int:
         return len(self.rows)
 
-    def name_of(self, cell: Cell) -> str:
-        """The name of a cell, such as `"b x"`."""
-        return f"{row_names(self.size)[cell[0]]} {column_names(self.size)[cell[1]]}"
-
     def shift(self, shift: str) -> "ShiftBoard":
-        """The board after a shift such as `"b L"`, row b left, or `"x D"`, column x down; the player moves with it."""
+        """The board after a shift such as `"b L"`, row b left, or `"x D"`, column x down; the player moves with it.
+
+        Raises:
+            ValueError: if the board has no such shift.
+        """
+        if shift not in all_shifts(self.size):
+            raise ValueError(
+                f"A {self.size}x{self.size} board has no shift {shift!r}; its shifts are {all_shifts(self.size)}."
+            )
         line, direction = shift.split()
         by = 1 if direction in "RD" else -1
         if direction in "LR":
@@ -84,7 +80,7 @@ def sample_shifts(rng: random.Random, board: ShiftBoard, number: int, touch: flo
     """Shifts with the board after each; a share `touch` of them is drawn from those that move the player."""
     steps = []
     for _ in range(number):
-        row, column = board.name_of(board.player).split()
+        row, column = cell_name(board.player).split()
         shifts = all_shifts(board.size)
         if rng.random() < touch:
             shifts = [shift for shift in shifts if shift[0] in (row, column)]

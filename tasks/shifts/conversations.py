@@ -6,39 +6,49 @@ The words of a trace number and name each shift and never say what it leads to: 
 from typing import Any, cast
 
 from ilvr.data.conversations import ConversationBuilder
+from ilvr.tasks.cells import all_cells, cell_name, patch_of, row_names
+from ilvr.tasks.forms import FILLER, INSTRUCTIONS, add_step
 from ilvr.tasks.images import as_png
 
-from .board import ShiftBoard, all_shifts, column_names, row_names
+from .board import ShiftBoard, all_shifts
 from .rendering import render_shift_board
 
 
+Steps = list[tuple[str, ShiftBoard]]  # shifts with the board after each
+
 QUESTION = "Where does the player end? Shifts: {}. "
-SUFFIXES = {"trace": "Think step by step.", "answer": "Answer directly.", "text": "Think in words."}
 WHERE, DESCRIBE = "Where is the player?", "Describe the board."
 BASE_SHIFTS = (1, 1, 2, 2)  # what a small backbone is asked to do at once
 
 
-def question_of(shifts: list[str], form: str) -> str:
+def question_of(shifts: list[str], form: str, first_number: int = 1) -> str:
     """What is asked: the shifts numbered, for they repeat and are copied one after the other."""
-    return QUESTION.format(_numbered(shifts)) + SUFFIXES[form]
+    numbered = " ".join(f"{number} {shift}" for number, shift in enumerate(shifts, start=first_number))
+    return QUESTION.format(numbered) + INSTRUCTIONS[form]
 
 
-def vocabulary(size: int, max_shifts: int) -> list[str]:
+def vocabulary(size: int, max_number: int) -> list[str]:
     """Texts that hold every word of the task."""
-    cells = " ".join(f" {row} {column}" for row in row_names(size) for column in column_names(size))
-    numbers = " ".join(str(n) for n in range(1, max_shifts + 1))
-    questions = [question_of(all_shifts(size), form) for form in SUFFIXES]
-    boxed = f" \\boxed{{{row_names(size)[0]} {column_names(size)[0]}}}"
-    return [*questions, WHERE, DESCRIBE, cells, boxed, "F H G P\nF H G P\nF", f" {numbers}"] * 3
+    cells = " ".join(f" {cell_name(cell)}" for cell in all_cells(size))
+    numbers = " ".join(str(n) for n in range(1, max_number + 1))
+    questions = [question_of(all_shifts(size), form) for form in INSTRUCTIONS]
+    boxed = f" \\boxed{{{cell_name((0, 0))}}}"
+    starts = " ".join(f"{{{name}" for name in row_names(size))
+    letters = "F F H G P\nF F H G P\nF"
+    return [*questions, WHERE, DESCRIBE, cells, boxed, starts, letters, f" {numbers}", FILLER * 4] * 3
 
 
-def conversation(board: ShiftBoard, steps: list[tuple[str, ShiftBoard]], form: str) -> dict[str, Any]:
+def conversation(
+    board: ShiftBoard, steps: Steps, form: str, *, first_number: int = 1, latent_size: int = 1
+) -> dict[str, Any]:
     """One question about one board.
 
     Args:
         board (`ShiftBoard`): in the picture.
         steps (`list[tuple]`): the shifts with the board after each, see [`~board.sample_shifts`].
-        form (`str`): `trace`, `answer` or `text` (the player's cell after each shift, in words).
+        form (`str`): one of `ilvr.tasks.forms.FORMS`; the state in words is the player's cell.
+        first_number (`int`, *optional*, defaults to 1): of the first shift.
+        latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
 
     Returns:
         `dict` with the columns of [`~ilvr.data.load_conversations`].
@@ -47,30 +57,37 @@ def conversation(board: ShiftBoard, steps: list[tuple[str, ShiftBoard]], form: s
     shifts = [shift for shift, _ in steps]
     builder.add_turn("user", "question")
     builder.add_image(render_shift_board(board), "board")
-    builder.add_text(question_of(shifts, form), "question")
+    builder.add_text(question_of(shifts, form, first_number), "question")
     builder.add_turn("assistant", form)
-    for number, (shift, after) in enumerate(steps, start=1):
-        if form == "trace":
-            builder.add_text(f" {number} {shift}", "shift")
-            builder.add_image(render_shift_board(after), "shift")
-        elif form == "text":
-            builder.add_text(f" {number} {shift} {after.name_of(after.player)}", "shift")
-    last = steps[-1][1]
-    answer = last.name_of(last.player)
+    for number, (shift, after) in enumerate(steps, start=first_number):
+        add_step(
+            *(builder, form, f" {number} {shift}"),
+            state=f" {cell_name(after.player)}",
+            picture=lambda after=after: render_shift_board(after),
+            latent_size=latent_size,
+        )
+    answer = cell_name(steps[-1][1].player)
     builder.add_text(f" \\boxed{{{answer}}}", "answer")
-    places = [after.player[0] * board.size + after.player[1] for _, after in steps]
-    metadata = {"board": list(board.rows), "player": list(board.player), "shifts": shifts, "followed": places}
+    metadata = {
+        "board": list(board.rows),
+        "player": list(board.player),
+        "shifts": shifts,
+        "first_number": first_number,
+        "followed": [patch_of(after.player, board.size) for _, after in steps],
+    }
     return builder.finish(metadata, set(), answer)
 
 
-def base_conversation(board: ShiftBoard, questions: list[list[tuple[str, ShiftBoard]]]) -> dict[str, Any]:
-    """What teaches a small backbone to see: several questions about one picture, where the player is first of all."""
-    where = f" \\boxed{{{board.name_of(board.player)}}}"
-    turns = [(WHERE, where), (DESCRIBE, _letters(board))]
-    for steps in questions:
-        last = steps[-1][1]
-        asked = question_of([shift for shift, _ in steps], "answer")
-        turns.append((asked, f" \\boxed{{{last.name_of(last.player)}}}"))
+def base_conversation(board: ShiftBoard, questions: list[tuple[Steps, int]]) -> dict[str, Any]:
+    """What teaches a small backbone to see: several questions about one picture, where the player is first of all.
+
+    Args:
+        board (`ShiftBoard`): in the picture.
+        questions (`list[tuple]`): shifts with the board after each, and the number of the first.
+    """
+    turns = [(WHERE, _boxed(board)), (DESCRIBE, _letters(board))]
+    for steps, first_number in questions:
+        turns.append((question_of([shift for shift, _ in steps], "answer", first_number), _boxed(steps[-1][1])))
     builder = ConversationBuilder(cast(Any, as_png))
     for number, (question, answer) in enumerate(turns):
         builder.add_turn("user", "question")
@@ -79,13 +96,12 @@ def base_conversation(board: ShiftBoard, questions: list[list[tuple[str, ShiftBo
         builder.add_text(question, "question")
         builder.add_turn("assistant", "answer")
         builder.add_text(answer, "answer")
-    return builder.finish(
-        {"board": list(board.rows), "player": list(board.player)}, set(), board.name_of(board.player)
-    )
+    metadata = {"board": list(board.rows), "player": list(board.player)}
+    return builder.finish(metadata, set(), cell_name(board.player))
 
 
-def _numbered(shifts: list[str]) -> str:
-    return " ".join(f"{number} {shift}" for number, shift in enumerate(shifts, start=1))
+def _boxed(board: ShiftBoard) -> str:
+    return f" \\boxed{{{cell_name(board.player)}}}"
 
 
 def _letters(board: ShiftBoard) -> str:

@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, NamedSplit
+from datasets import Dataset
 from PIL import Image
+from transformers.utils import logging
 
-from ilvr.data.conversations import FEATURES
+from ilvr.tasks.forms import check_form, check_latent_size
+from ilvr.tasks.generation import generate_dataset
 from ilvr.tasks.task import Task
 
 from .board import ShiftBoard, sample_board, sample_shifts
-from .conversations import BASE_SHIFTS, SUFFIXES, WHERE, base_conversation, conversation, question_of, vocabulary
+from .conversations import BASE_SHIFTS, WHERE, base_conversation, conversation, question_of, vocabulary
 from .rendering import render_shift_board
+
+
+logger = logging.get_logger(__name__)
+
+Range = tuple[int, int]  # fewest and most, both included
 
 
 @dataclass
@@ -25,19 +32,31 @@ class Shifts(Task):
         boards (`int`), test_boards (`int`): training and test samples, a board each.
         base_boards (`int`, *optional*, defaults to 0): boards that a small backbone learns to see on.
         size (`int`, *optional*, defaults to 3): of a board, 2 to 5.
-        lengths (`list[int]`, *optional*, defaults to `[4, 10]`): fewest and most shifts of a training sample.
-        test_lengths (`list[int]`, *optional*, defaults to `lengths`): and of a test.
+        lengths (`tuple[int, int]`, *optional*, defaults to `(4, 10)`): fewest and most shifts of a training sample.
+        test_lengths (`tuple[int, int]`, *optional*, defaults to `lengths`): and of a test.
+        number_from (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+            Least and greatest number of the first shift of a training sample; the others count on from it. Tests that
+            are longer than the training samples have numbers that were trained if this reaches far enough: with
+            lengths of 4 to 10, `(1, 13)` trains all numbers up to 22.
+        test_number_from (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): and of a test.
         touch (`float`, *optional*, defaults to 0.6): share of shifts drawn from those that move the player.
+        latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.
         seed (`int`, *optional*, defaults to 0): fixes boards, splits and shifts.
+
+    Raises:
+        ValueError: if there are no such boards, ranges or shares.
     """
 
     boards: int
     test_boards: int
     base_boards: int = 0
     size: int = 3
-    lengths: tuple[int, int] = (4, 10)
-    test_lengths: tuple[int, int] | None = None
+    lengths: Range = (4, 10)
+    test_lengths: Range | None = None
+    number_from: Range = (1, 1)
+    test_number_from: Range = (1, 1)
     touch: float = 0.6
+    latent_size: int = 1
     seed: int = 0
 
     title = "Shifts"
@@ -47,12 +66,31 @@ class Shifts(Task):
 
     def __post_init__(self) -> None:
         self.test_lengths = self.test_lengths or self.lengths
-        ranges = (self.lengths, self.test_lengths)
-        if not 2 <= self.size <= 5 or any(len(r) != 2 or not 1 <= r[0] <= r[1] for r in ranges):
+        if not 2 <= self.size <= 5 or not 0 <= self.touch <= 1:
             raise ValueError(
-                f"Shifts has boards of size 2 to 5 and a fewest and a most number of shifts, got size {self.size}, "
-                f"lengths {self.lengths} and test_lengths {self.test_lengths}."
+                f"Boards of shifts have size 2 to 5, and touch is a share, got size {self.size}, touch {self.touch}."
             )
+        for name in ("lengths", "test_lengths", "number_from", "test_number_from"):
+            values = getattr(self, name)
+            if len(values) != 2 or not 1 <= values[0] <= values[1]:
+                raise ValueError(f"{name} must be a least and a greatest number, from 1 on, got {values}.")
+        check_latent_size(self.latent_size)
+        trained, tested = self._greatest_number("train"), self._greatest_number("test")
+        if tested > trained:
+            logger.warning(
+                f"Tests number their shifts up to {tested}, training samples up to {trained}: numbers that no model "
+                f"has learned. Raise number_from, now {tuple(self.number_from)}, by {tested - trained}."
+            )
+
+    def _ranges(self, split: str) -> tuple[Range, Range]:
+        """The lengths and first numbers of a split."""
+        if split == "train":
+            return self.lengths, self.number_from
+        return self.test_lengths or self.lengths, self.test_number_from
+
+    def _greatest_number(self, split: str) -> int:
+        lengths, first_numbers = self._ranges(split)
+        return first_numbers[1] + lengths[1] - 1
 
     def dataset(self, split: str, form: str = "trace") -> Dataset:
         """The samples of a split in one form; see [`~ilvr.tasks.Task.dataset`].
@@ -60,20 +98,18 @@ class Shifts(Task):
         Raises:
             ValueError: for an unknown split or form, and for tests in the form `base`.
         """
-        if split not in ("train", "test") or form not in (*SUFFIXES, "base") or (form, split) == ("base", "test"):
-            raise ValueError(f"There is no form {form!r} of the split {split!r}; choose trace, answer or text.")
-        settings = {"split": split, "form": form, "task": {**vars(self)}}
-        return Dataset.from_generator(_rows, gen_kwargs=settings, features=FEATURES, split=NamedSplit(split))
+        check_form(split, form)
+        return generate_dataset(_rows, split, {"task": self, "split": split, "form": form})
 
     def texts(self) -> list[str]:
-        return vocabulary(self.size, max(self.lengths[1], (self.test_lengths or self.lengths)[1]))
+        return vocabulary(self.size, max(map(self._greatest_number, ("train", "test"))))
 
     def donor_reference(self, sample: dict[str, Any], donor: dict[str, Any]) -> str:
         """The donor's answer: a span's latents should hold where the player is, and nothing comes after the last."""
         return donor["answer"]
 
     def followed_patches(self, sample: dict[str, Any]) -> list[int]:
-        """The player's cell, in raster order; one patch is one cell."""
+        """The player's cell after each shift, in raster order; a patch is as large as a cell."""
         return json.loads(sample["metadata"])["followed"]
 
     def group(self, sample: dict[str, Any]) -> str:
@@ -90,15 +126,18 @@ class Shifts(Task):
         return pictures
 
 
-def _rows(split: str, form: str, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    number = task["test_boards"] if split == "test" else task["base_boards"] if form == "base" else task["boards"]
-    fewest, most = task["test_lengths"] if split == "test" else task["lengths"]
-    kind = "base" if form == "base" else "follow"  # the forms ask the same
+def _rows(task: Shifts, split: str, form: str) -> Iterator[dict[str, Any]]:
+    is_base = form == "base"
+    lengths, first_numbers = task._ranges(split)
+    number = task.test_boards if split == "test" else task.base_boards if is_base else task.boards
     for i in range(number):
-        rng = random.Random(f"{task['seed']}-{kind}-{split}-{i}")
-        board = sample_board(rng, task["size"], split, task["seed"])
-        if form == "base":
-            asked = [sample_shifts(rng, board, n, task["touch"]) for n in BASE_SHIFTS]
-            yield base_conversation(board, asked)
+        # The forms ask the same questions: what is drawn depends on the split alone.
+        rng = random.Random(f"{task.seed}-{'base' if is_base else 'follow'}-{split}-{i}")
+        board = sample_board(rng, task.size, split, task.seed)
+        if is_base:
+            asked = [sample_shifts(rng, board, n, task.touch) for n in BASE_SHIFTS]
+            yield base_conversation(board, [(steps, rng.randint(*first_numbers)) for steps in asked])
         else:
-            yield conversation(board, sample_shifts(rng, board, rng.randint(fewest, most), task["touch"]), form)
+            steps = sample_shifts(rng, board, rng.randint(*lengths), task.touch)
+            first = rng.randint(*first_numbers)
+            yield conversation(board, steps, form, first_number=first, latent_size=task.latent_size)

@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+import torch
 from helpers import make_sample
 from matplotlib.axes import Axes
 from PIL import Image
@@ -69,7 +70,8 @@ def test_sizes_and_intervals(metric):
 
 
 def test_unknown_metric():
-    with pytest.raises(ValueError, match="no metric 'chess'; choose one of \\['boxed_exact_match', 'frozen_lake'\\]"):
+    known = "\\['boxed_exact_match', 'frozen_lake', 'multiple_choice'\\]"
+    with pytest.raises(ValueError, match=f"no metric 'chess'; choose one of {known}"):
         load_metric("chess")
 
 
@@ -123,32 +125,63 @@ def test_scores_and_their_table(metric):
         scores_by_group({"f1": 0.5, "count": 3})
 
 
-def test_picture_of_a_board_after_each_move(model, processor, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: titles, shadings (arrays with a colour map) and numbers with their places."""
+    found = {"titles": [], "shadings": [], "numbers": []}
+    set_title, imshow, text = Axes.set_title, Axes.imshow, Axes.text
+
+    def record_imshow(axis, image, **kwargs):
+        if "cmap" in kwargs:
+            found["shadings"].append(np.asarray(image))
+        return imshow(axis, image, **kwargs)
+
+    def record_text(axis, x, y, words, **kwargs):
+        found["numbers"].append((words, x, y))
+        return text(axis, x, y, words, **kwargs)
+
+    monkeypatch.setattr(Axes, "set_title", lambda axis, t, **k: found["titles"].append(t) or set_title(axis, t, **k))
+    monkeypatch.setattr(Axes, "imshow", record_imshow)
+    monkeypatch.setattr(Axes, "text", record_text)
+    return found
+
+
+def test_picture_of_a_board_after_each_move(model, processor, tmp_path, monkeypatch, drawn):
     task = load_task("frozen_lake", maps={3: 1}, test_maps={3: 2})
-    pictured = []
-
-    def draw(sample, answer):
-        pictured.append(sample["metadata"])
-        return task.draw(sample, "R D \\boxed{R D}")
-
+    answer, latents = "R D \\boxed{R D}", torch.randn(3, 3, 32)
+    monkeypatch.setattr("ilvr.evaluation.pictures.answer_with_latents", lambda *args, **kwargs: (answer, latents))
     data = task.dataset("test")
-    options = {"max_spans": 2, "max_new_tokens": 12, "is_right": lambda *_: True}
-    draw_latents(model, processor, data, tmp_path / "latents.png", draw=draw, **options)
-    assert Image.open(tmp_path / "latents.png").width > 200
-    assert pictured == data["metadata"][:]
+    draw_latents(
+        *(model, processor, data, tmp_path / "latents.png"), draw=task.draw, is_right=lambda *_: True, max_spans=2
+    )
+    assert drawn["titles"] == ["R D  right", "after R", "after D"] * 2
+    assert [number for number, *_ in drawn["numbers"]] == ["1", "2", "3"] * 4 and len(drawn["shadings"]) == 4
+    with Image.open(tmp_path / "latents.png") as picture:
+        assert picture.width > picture.height
 
 
-def test_similarity_of_latents_and_the_patches_of_an_oblong_image(model, processor, tmp_path):
-    """A latent that is the feature of a patch resembles that patch most, wherever it is in the image."""
+def test_similarity_of_latents_and_the_patches_of_an_oblong_image(model, processor, tmp_path, monkeypatch, drawn):
+    """A latent that is the feature of a patch resembles that patch most, wherever it is, and so it is drawn."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
     inputs = processor.image_processor([image], return_tensors="pt")
     features = model.get_image_features(**inputs, return_dict=True).pooler_output[0]  # 2 x 4 tokens of 16 pixels
-    found = patch_similarity(model, processor, image, features[[1, 6]])
+    latents = features[[1, 6]].detach()
+    found = patch_similarity(model, processor, image, latents)
     assert found.shape == (2, 2, 4)
     assert [np.unravel_index(scores.argmax(), (2, 4)) for scores in found] == [(0, 1), (1, 2)]
     sample = make_sample(["x"]) | {"images": [image]}
-    draw_latents(model, processor, [sample], tmp_path / "latents.png", max_new_tokens=12)
-    assert Image.open(tmp_path / "latents.png").width > 200
+    pictures = []
+    for own in (latents, latents.flip(0)):
+        given = ("\\boxed{x}", own.unsqueeze(0))
+        monkeypatch.setattr("ilvr.evaluation.pictures.answer_with_latents", lambda *args, given=given, **kwargs: given)
+        draw_latents(model, processor, [sample], tmp_path / "latents.png")
+        pictures.append(np.asarray(Image.open(tmp_path / "latents.png")))
+    assert drawn["titles"] == ["x", "span 1"] * 2
+    for shading in drawn["shadings"]:
+        assert shading.shape == (2, 4) and {(0, 1), (1, 2)} == {tuple(cell) for cell in np.argwhere(shading > 0.999)}
+    columns_and_rows = [(words, int(x // 16), int(y // 16)) for words, x, y in drawn["numbers"]]
+    assert columns_and_rows == [("1", 1, 0), ("2", 2, 1), ("1", 2, 1), ("2", 1, 0)]
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_curves_of_runs_one_after_another(tmp_path, monkeypatch):

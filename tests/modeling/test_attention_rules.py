@@ -1,5 +1,8 @@
 """One rule of attention in all forwards: plain, with given latents, the walk, in parallel, and `generate`."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import (
@@ -72,6 +75,18 @@ def recompute(model, inputs, rows=None):
 def assert_close(found, expected, inputs):
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_the_rule_of_the_docs_by_hand():
+    """word, span, word, span; K = 2."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "def hide_earlier_spans" in b)
+    exec(block, names := {})
+    is_latent = torch.tensor([[0, 1, 1, 0, 1, 1]]).bool()
+    rule = names["hide_earlier_spans"](ColumnFacts(torch.zeros_like(is_latent), is_latent, latent_size=2))
+    places = torch.arange(6)
+    hidden = ~rule(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
+    assert {(q, k) for q, k in hidden.nonzero().tolist() if k < q} == {(4, 1), (4, 2), (5, 1), (5, 2)}
 
 
 def test_facts_and_the_rule_by_hand():

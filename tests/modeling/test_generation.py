@@ -371,11 +371,21 @@ def test_beams_take_their_state_along(model):
 
 
 def test_pipeline(model, processor):
+    """Answers of the pipeline, one by one and in a batch of prompts of unequal length, are those of `generate`."""
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    sample = PROMPTS[1]
-    content = [{"type": "image", "image": sample["images"][0]}, sample["messages"][0]["content"][1]]
-    answer = pipe(text=[{"role": "user", "content": content}], max_new_tokens=5)
-    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+    chats = []
+    for sample in PROMPTS:
+        image = {"type": "image", "image": sample["images"][0]}
+        chats.append([{"role": "user", "content": [image, sample["messages"][0]["content"][1]]}])
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    expected = []
+    for sample in PROMPTS:
+        inputs = encode(processor, [sample], prompt_only=True)
+        ids = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.decode(ids, skip_special_tokens=True))
+    for batch_size in (1, 3):
+        answers = [answer[0]["generated_text"][-1] for answer in pipe(text=chats, batch_size=batch_size, **settings)]
+        assert answers == [{"role": "assistant", "content": text} for text in expected]
 
 
 def test_remote_code_loads_in_a_process_without_the_package(model, processor, tmp_path):

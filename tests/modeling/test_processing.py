@@ -90,6 +90,12 @@ def test_a_processor_class_that_is_none_is_refused(processor, name):
         ILVRProcessor(processor.image_processor, processor.tokenizer, backbone_processor={"processor_class": name})
 
 
+def test_a_tokenizer_without_latent_tokens_is_refused(backbone_dir):
+    """A plain backbone, loaded as if it were a checkpoint of this library: its spans would be spelt out in letters."""
+    with pytest.raises(ValueError, match=r"no <\|latent_start\|>, .* with `ILVRProcessor.from_backbone`"):
+        ILVRProcessor.from_pretrained(backbone_dir)
+
+
 def test_what_is_saved_is_found_by_the_auto_class(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), ILVRProcessor)

@@ -5,7 +5,7 @@ import torch
 from helpers import make_dataset, make_sample, make_trainer
 
 from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
-from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
+from ilvr.trainer.inputs.image_features import image_outputs
 from ilvr.trainer.relevance import AnswerAttention, AnswerGradient
 
 
@@ -16,7 +16,7 @@ QUESTIONS = ["Where is the goal?", "Right"]  # of different lengths, so that one
 
 @pytest.fixture
 def asked(model, processor):
-    """The model in double precision, for differences, and a batch of two pictures with a question about each."""
+    """The model in double precision, and a batch of two pictures with a question about each."""
     model = model.double().eval()
     rows = make_dataset([{**SAMPLE, "metadata": '{"helper_questions": ["Where is the goal?", "Right"]}'}])
     rows = add_helper_prompts(prepare_dataset(rows, processor, stage=1), processor, question=None)
@@ -48,47 +48,43 @@ def ask_about(model, processor, image, question):
     )
 
 
-def differences(model, inputs, max_new_tokens):
-    """Norms (N,) of the gradient of the log-probability of the model's own answer, from differences: each number of
-    each patch is moved a little to both sides."""
-    prompt, step = inputs["input_ids"].shape[1], 1e-2  # norms are computed in single precision
+def gradient_norms(model, inputs, max_new_tokens):
+    """Norms (N,) of the gradient of the log-probability of the model's own answer at each patch's states, summed over
+    the layers: the gradient of what is added to the output of each layer."""
+    prompt = inputs["input_ids"].shape[1]
     pixels = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     no_spans = {"suppress_tokens": [model.config.latent_start_token_id]}
     answer = model.generate(**pixels, do_sample=False, max_new_tokens=max_new_tokens, **no_spans)[:, prompt:]
-    outputs = image_outputs(pixels, model.model.core)
-    features = flatten_features(outputs.pooler_output)
-    deepstack = getattr(outputs, "deepstack_features", None)
+    ids = torch.cat([pixels["input_ids"], answer], dim=1)
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in pixels:
+            pixels[name] = torch.cat([pixels[name], torch.full_like(answer, name == "attention_mask")], dim=1)
+    layers = model.model.core.get_decoder().layers
+    shape = (*ids.shape, model.config.get_text_config().hidden_size)
+    added = [torch.zeros(shape, dtype=torch.double, requires_grad=True) for _ in layers]
 
-    def log_prob(features):
-        outputs.pooler_output = [features]
-        if deepstack is not None:
-            outputs.deepstack_features = deepstack
-        grown = {k: v for k, v in pixels.items() if not k.startswith("pixel")}
-        for name in ("attention_mask", "mm_token_type_ids"):
-            if name in grown:
-                grown[name] = torch.cat([grown[name], torch.full_like(answer, name == "attention_mask")], dim=1)
-        grown["input_ids"] = torch.cat([pixels["input_ids"], answer], dim=1)
-        logits = model(**grown, mm_encoder_outputs={"image": outputs}, use_cache=False).logits[:, prompt - 1 : -1]
-        return logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).sum()
+    def adds(own):
+        return lambda module, arguments, output: (
+            (output[0] + own, *output[1:]) if isinstance(output, tuple) else output + own
+        )
 
-    found = torch.zeros_like(features)
-    with torch.no_grad():
-        for place in range(features.numel()):
-            moved = torch.zeros_like(features).flatten()
-            moved[place] = step
-            moved = moved.view_as(features)
-            found.view(-1)[place] = (log_prob(features + moved) - log_prob(features - moved)) / (2 * step)
-    return found.norm(dim=-1)
+    hooks = [layer.register_forward_hook(adds(own)) for layer, own in zip(layers, added)]
+    logits = model(**{**pixels, "input_ids": ids}, use_cache=False).logits[:, prompt - 1 : -1]
+    for hook in hooks:
+        hook.remove()
+    logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).sum().backward()
+    is_image = ids == model.config.image_token_id
+    return torch.stack([own.grad.norm(dim=-1) for own in added]).sum(0)[is_image]
 
 
 def test_relevance_is_the_norm_of_the_answers_gradient(asked, processor):
-    """Two pictures at once, a padded question: each as by differences, alone, on inputs of the processor."""
+    """Two pictures at once, a padded question: as each alone, on inputs of the processor, by what states are added."""
     model, inputs = asked
     assert (inputs["prompt_mask"] == 0).any() and len(inputs["prompt_ids"]) == 2
     relevances = AnswerGradient(model, 3)(inputs, image_outputs(inputs, model.model.core))
     for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances):
-        expected = differences(model, ask_about(model, processor, image, question), 3).float()
-        torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-6)
+        expected = gradient_norms(model, ask_about(model, processor, image, question), 3).float()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         assert expected.max() > 1.05 * expected.min() > 0
 
 

@@ -23,9 +23,9 @@ def selection_of(rows: int) -> Selection:
     return Selection(targets, mask, torch.zeros(rows, 2, 2, dtype=torch.long), None, candidates, mask[..., :1])
 
 
-def student_inputs(progress=1.0, predicted=None, **options):
+def student_inputs(progress=1.0, predicted=None, rule=None, **options):
     args = SimpleNamespace(**{**OFF, **options})
-    return StudentInputs(args, lambda **inputs: predicted, lambda: progress)
+    return StudentInputs(args, rule, lambda **inputs: predicted, lambda: progress)
 
 
 def test_with_all_options_off_the_targets_are_fed_and_nothing_is_drawn():
@@ -43,6 +43,18 @@ def test_an_evaluation_is_as_without_options():
     selection = selection_of(400)
     fed = options(INPUTS, selection, training=False)
     assert fed.keys() == {"latent_values", "latent_mask"} and fed["latent_values"] is selection.targets
+
+
+def test_a_rule_of_the_run_holds_always_and_beside_no_other():
+    def rule(columns):
+        raise NotImplementedError
+
+    always = {"attention_rule": rule}
+    assert student_inputs(rule=rule, stage=2)(INPUTS, None, training=False) == always
+    fed = student_inputs(rule=rule, predicted=torch.ones(400, 2, 2, 4), own_latents=1.0)
+    assert fed(INPUTS, selection_of(400), training=True)["attention_rule"] is rule
+    with pytest.raises(ValueError, match="image_dropout=0.5 hides images .* Leave one of them out"):
+        student_inputs(rule=rule, image_dropout=0.5)
 
 
 @pytest.mark.parametrize(("schedule", "progress", "share"), [("constant", 0.0, 0.5), ("linear", 0.5, 0.25)])

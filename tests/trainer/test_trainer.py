@@ -8,7 +8,9 @@ import torch
 from backbones import FULLY_TESTED
 from helpers import SAMPLES, make_dataset, make_sample, make_trainer
 
+from ilvr import hide_images_after_first_span
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer.inputs.data_collator import LatentBatch
 from ilvr.trainer.inputs.data_preparation import prepare_dataset
 from ilvr.trainer.running.adapters import vision_modules
 
@@ -141,6 +143,33 @@ def test_evaluation_logs_the_same_parts(model, processor, tmp_path):
     metrics = trainer.evaluate(prepared)
     assert metrics["eval_loss"] > 0
     assert {"eval_ce_loss", "eval_alignment_loss"} <= trainer.state.log_history[-1].keys()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rule_of_attention_holds_for_the_student_and_not_for_the_teacher(model, processor, tmp_path, stage):
+    logs, cards = [], []
+    for rule in (None, hide_images_after_first_span):
+        args = make_trainer(model, processor, tmp_path, stage=stage, max_steps=1).args
+        trainer = ILVRTrainer(
+            *(copy.deepcopy(model), args),
+            train_dataset=make_dataset(SAMPLES),
+            processing_class=processor,
+            attention_rule=rule,
+        )
+        inputs = LatentBatch.of(trainer.data_collator([trainer.train_dataset[i] for i in range(2)])).inputs
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+        with torch.no_grad():
+            _, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+            given = {} if stage == 2 else {"latent_values": outputs.latent_inputs}
+            expected = trainer.model(**inputs, **given, attention_rule=rule).logits
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(outputs.logits[real], expected[real], rtol=1e-4, atol=1e-4)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+        cards.append(trainer.card_settings())
+    assert logs[0]["ce_loss"] != logs[1]["ce_loss"]
+    assert logs[0].get("selected_mass") == logs[1].get("selected_mass")
+    assert "attention rule" not in cards[0] and cards[1]["attention rule"] == "hide_images_after_first_span"
 
 
 def test_outputs_of_evaluation_have_all_columns(model, processor, tmp_path):

@@ -7,6 +7,8 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
@@ -78,14 +80,17 @@ def prepare_dataset(
         num_proc (`int`, *optional*): processes to use.
 
     Returns:
-        The data set with the columns of `FEATURES` beside its own; images stay as they are and where they are.
+        The data set with the columns of `FEATURES` beside its own; images stay as they are and where they are. One
+        that has these columns already is taken as it is.
 
     Raises:
-        ValueError: names the first bad sample, what is wrong with it and how to mend it.
+        ValueError: names the first bad sample, what is wrong with it and how to mend it; also if a data set was
+            prepared before, with a processor of another latent size or of other latent tokens.
     """
     columns = _columns(dataset, name)
     if set(FEATURES) <= set(columns):
         prepared = dataset
+        _check_prepared(dataset, processor, name)
     else:
         prepared = _prepare(dataset, columns, processor, name, num_proc)
     if isinstance(prepared, IterableDataset):
@@ -114,6 +119,31 @@ def _columns(dataset: Any, name: str) -> list[str]:
             f"The {name} data set needs a column `messages` (or `prompt` and `completion`), it has {columns}."
         )
     return columns
+
+
+def _check_prepared(dataset: Any, processor: ILVRProcessor, name: str) -> None:
+    """The spans of samples that were prepared before must be those of this processor; of a stream, the first one's."""
+    read = ["input_ids", "num_spans"]
+    if isinstance(dataset, IterableDataset):
+        tables = (pa.table({column: [row[column]] for column in read}) for row in dataset.take(1))
+    else:
+        tables = dataset.select_columns(read).with_format("arrow").iter(batch_size=1000)
+    start_id, pad_id, _ = processor.latent_token_ids
+    seen = 0
+    for table in tables:
+        spans, ids = table["num_spans"].to_numpy(), table["input_ids"].combine_chunks()
+        ends = np.cumsum(ids.value_lengths().to_numpy())
+        for token_id, expected in ((start_id, spans), (pad_id, spans * processor.latent_size)):
+            places = np.flatnonzero(ids.flatten().to_numpy() == token_id)
+            found = np.bincount(np.searchsorted(ends, places, side="right"), minlength=len(spans))
+            if (wrong := np.flatnonzero(found != expected)).size:
+                row = wrong[0]
+                raise ValueError(
+                    f"Sample {seen + row} of the {name} data was prepared with another processor: its {spans[row]} "
+                    f"spans have {found[row]} times token {token_id}, where this processor, with latent_size="
+                    f"{processor.latent_size}, gives {expected[row]}. Prepare it from its messages again."
+                )
+        seen += len(spans)
 
 
 def _prepare(dataset: Any, columns: list[str], processor: ILVRProcessor, name: str, num_proc: int | None):

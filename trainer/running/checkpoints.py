@@ -207,10 +207,15 @@ class CheckpointWriter:
                 if find_damage(other):
                     shutil.rmtree(other, ignore_errors=True)
 
-    def __exit__(self, error: Any, *_: Any):
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any):
         args = self.trainer.args
         args.save_total_limit = self.limit
-        if error or self.finished:  # finished early, Trainer has rotated with the limit
+        if error is not None and not self.finished:
+            error.add_note(
+                f"{self.folder} was not written to the end, and will be passed over. Once what stopped it is mended "
+                "(a full disk, say), `train(resume_from_checkpoint=True)` goes on from the newest whole checkpoint."
+            )
+        if error is not None or self.finished:  # finished early, Trainer has rotated with the limit
             return
         self.finish()
         if args.should_save:

@@ -44,7 +44,12 @@ def compare_latents(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[Selec
         selection = trainer.select_targets(latent_batch)
         targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
         outputs = trainer.student(
-            **latent_batch.inputs, latent_values=targets, latent_mask=target_mask, logits_to_keep=1, use_cache=False
+            **latent_batch.inputs,
+            latent_values=targets,
+            latent_mask=target_mask,
+            attention_rule=trainer.attention_rule,
+            logits_to_keep=1,
+            use_cache=False,
         )
     trainer.model.train(was_training)
     return selection, outputs.predicted_latents

@@ -10,6 +10,7 @@ from datasets import Dataset, Image, IterableDataset, List
 from helpers import SAMPLES, every_backbone, make_dataset, make_image, make_sample, make_trainer
 from PIL import Image as PILImage
 
+from ilvr import ILVRProcessor
 from ilvr.data.token_counts import SizeTokenizer
 from ilvr.trainer.inputs.data_preparation import checked_messages, prepare_dataset
 
@@ -71,6 +72,24 @@ def test_a_prepared_set_serves_both_stages(model, processor, tmp_path):
         trainer = make_trainer(model, processor, tmp_path, dataset=prepared, stage=stage, max_steps=1)
         trainer.train()
         assert trainer.state.log_history[0]["spans_per_sample"] > 0
+
+
+@pytest.mark.parametrize("latent_size", [2, 4])
+@pytest.mark.parametrize("kind", ["whole", "subset", "stream"])
+def test_a_set_prepared_for_another_latent_size_is_refused(processor, backbone_dir, latent_size, kind):
+    """With fewer latents a span it would train on shifted targets, and say nothing."""
+    other = ILVRProcessor.from_backbone(backbone_dir, latent_size=latent_size)
+    prepared = prepare_dataset(make_dataset([make_sample(["Text"]), *SAMPLES]), other, stage=1)
+    assert prepare_dataset(prepared, other, stage=1) is prepared
+    given, number = {
+        "whole": (prepared, 1),
+        "subset": (prepared.select([0, 5, 2]), 1),
+        "stream": (prepared.skip(1).to_iterable_dataset(), 0),
+    }[kind]
+    spans = 2 if kind == "subset" else 1
+    found = f"Sample {number} .* its {spans} spans have {spans * latent_size} .* latent_size=3, gives {spans * 3}"
+    with pytest.raises(ValueError, match=found):
+        prepare_dataset(given, processor, stage=1)
 
 
 def test_a_subset_in_another_order(processor):

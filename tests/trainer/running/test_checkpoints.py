@@ -397,8 +397,9 @@ def test_a_whole_checkpoint_stays_until_the_same_step_is_whole_again(model, proc
     older = checkpoint.parent / "checkpoint-2"
     with monkeypatch.context() as patch:
         patch.setattr(TrainerState, "save_to_json", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OSError, match="disk full") as caught:
             trainer.train(resume_from_checkpoint=older)
+    assert f"{checkpoint.name} was not written to the end" in caught.value.__notes__[0]
     assert trainer.args.save_total_limit == 1 and find_damage(checkpoint) == "it was not written to the end"
     assert last_whole_checkpoint(checkpoint.parent).endswith("replaced-checkpoint-3")
     trainer.train(resume_from_checkpoint=older)

@@ -1,0 +1,193 @@
+"""Writes the tables of a study into its page, from `studies/results/`.
+
+python -m studies.page studies/shifts.yaml
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ilvr.evaluation.intervals import wilson_interval
+from ilvr.evaluation.statistics import mcnemar, paired_difference
+
+from .study import Study
+
+
+RESULTS, PAGES = Path("studies/results"), {"shifts": Path("docs/evidence.md")}
+CONTROLS = {
+    "another_sample": "another sample's",
+    "position_mean": "mean",
+    "noise_1.0": "noise",
+    "zeros": "zeros",
+    "donor": "follows donor",
+}
+Found = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, what `studies.run` measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    study = Study.load(parser.parse_args().study)
+    found = load(study)
+    page = PAGES[study.name]
+    text = page.read_text(encoding="utf-8")
+    tables = f"<!-- results -->\n{report(study, found)}\n<!-- /results -->"
+    text, number = re.subn(r"<!-- results -->.*<!-- /results -->", lambda _: tables, text, flags=re.DOTALL)
+    if not number:
+        raise ValueError(f"{page} has no lines <!-- results --> and <!-- /results --> to write between.")
+    page.write_text(text, encoding="utf-8")
+
+
+def load(study: Study) -> Found:
+    """All results of a study, the arms in their order."""
+    found: Found = {}
+    for name in study.arms:
+        files = sorted((RESULTS / study.name).glob(f"{name}-*.json"))
+        own = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        if kept := {result["seed"]: result for result in own if result["arm"] == name}:
+            found[name] = kept
+    return found
+
+
+def report(study: Study, found: Found) -> str:
+    """The tables in Markdown."""
+    commits = sorted({result["commit"] for runs in found.values() for result in runs.values()})
+    parts = [f"Commits {', '.join(commits)}.", "### Accuracy", accuracy_table(study, found)]
+    parts += ["### With other latents", controls_table(study, found)]
+    parts += ["### By number of shifts", groups_table(found), "### The rules", rules_table(found)]
+    return "\n\n".join(parts)
+
+
+def accuracy_table(study: Study, found: Found) -> str:
+    rows = [["arm", "what it is", "*trained*, %", "seeds", "*longer*, %", "tokens", "spans", "training, s"]]
+    for name, runs in found.items():
+        trained = [rate(result["tests"]["trained"]["right"]) for result in runs.values()]
+        longer = [rate(result["tests"]["longer"]["right"]) for result in runs.values()]
+        size = next(iter(runs.values()))["tests"]["trained"]
+        right = "".join(result["tests"]["trained"]["right"] for result in runs.values())
+        low, high = (100 * end for end in wilson_interval(right.count("1"), len(right)))
+        rows.append(
+            [
+                name,
+                study.arms[name].note,
+                f"**{mean(trained):.1f}** ({low:.1f} – {high:.1f})",
+                ", ".join(f"{seed}: {value:.1f}" for seed, value in zip(runs, trained)),
+                f"{mean(longer):.1f}",
+                f"{size['tokens']:.0f}",
+                f"{size['spans']:.1f}",
+                f"{mean(result['seconds'] for result in runs.values()):.0f}",
+            ]
+        )
+    return table(rows)
+
+
+def controls_table(study: Study, found: Found) -> str:
+    rows = [["arm", "own", *CONTROLS.values(), "own − another sample's, points", "McNemar p, worst seed"]]
+    for name, runs in found.items():
+        controls = [result["tests"]["trained"].get("controls") for result in runs.values()]
+        if not all(controls):
+            continue
+        pooled = {key: "".join(own[key] for own in controls if key in own) for key in ("own", *CONTROLS)}
+        cost = difference(pooled["own"], pooled["another_sample"])
+        p = max(mcnemar(as_bools(own["own"]), as_bools(own["another_sample"])) for own in controls)
+        shares = [f"{rate(pooled[key]):.1f}" if pooled[key] else "" for key in ("own", *CONTROLS)]
+        rows.append([name, *shares, cost, f"{p:.1g}"])
+    return table(rows)
+
+
+def groups_table(found: Found) -> str:
+    groups: dict[str, None] = {}
+    by_arm: dict[str, dict[str, list[str]]] = {}
+    for name, runs in found.items():
+        own = by_arm.setdefault(name, {})
+        for result in runs.values():
+            for test in result["tests"].values():
+                for group, right in zip(test["groups"], test["right"]):
+                    groups[group] = None
+                    own.setdefault(group, []).append(right)
+    order = sorted(groups, key=lambda group: int(group.split()[0]))
+    rows = [["arm", *(group.split()[0] for group in order)]]
+    for name, own in by_arm.items():
+        rows.append([name, *(f"{rate(''.join(own[group])):.0f}" if group in own else "" for group in order)])
+    return table(rows)
+
+
+def rules_table(found: Found) -> str:
+    """Each rule of acceptance with what was measured, over the seeds that all its arms have."""
+
+    def pooled(arm: str, *others: str, test: str = "trained", control: str | None = None) -> str:
+        seeds = sorted(set.intersection(*(set(found[name]) for name in (arm, *others))))
+        results = [found[arm][seed]["tests"][test] for seed in seeds]
+        return "".join(result["right"] if control is None else result["controls"][control] for result in results)
+
+    def above(other: str) -> Callable[[], tuple[str, bool]]:
+        def measured() -> tuple[str, bool]:
+            gap = paired_difference(as_bools(pooled("stage2", other)), as_bools(pooled(other, "stage2")))
+            return points(gap), 100 * gap.low >= 50
+
+        return measured
+
+    def share(bar: float, **where: Any) -> Callable[[], tuple[str, bool]]:
+        return lambda: (f"{rate(pooled('stage2', **where)):.1f} %", rate(pooled("stage2", **where)) >= bar)
+
+    def oracle() -> tuple[str, bool]:
+        gap = paired_difference(as_bools(pooled("oracle2", "stage2")), as_bools(pooled("stage2", "oracle2")))
+        return points(gap), 100 * gap.value <= 1
+
+    def swapped() -> tuple[str, bool]:
+        own, other = (as_bools(pooled("stage2", control=name)) for name in ("own", "another_sample"))
+        gap = paired_difference(own, other)
+        return points(gap), 100 * gap.low >= 60
+
+    def keeps() -> tuple[str, bool]:
+        gap = paired_difference(as_bools(pooled("stage2", "stage1")), as_bools(pooled("stage1", "stage2")))
+        return points(gap), gap.value >= 0
+
+    rules = [
+        ("accuracy at least 98 %", ["stage2"], share(98)),
+        ("at most 1 point below the oracle", ["stage2", "oracle2"], oracle),
+        ("50 points above answer-only", ["stage2", "answer_only"], above("answer_only")),
+        ("50 points above the deeper answer-only", ["stage2", "answer_only_deep"], above("answer_only_deep")),
+        ("another sample's latents cost 60 points", ["stage2"], swapped),
+        ("the donor of the last span is followed in 90 %", ["stage2"], share(90, control="donor")),
+        ("stage 2 at least as good as stage 1", ["stage2", "stage1"], keeps),
+        ("80 % on *longer*", ["stage2"], share(80, test="longer")),
+    ]
+    rows = [["rule", "measured", "seeds", "holds"]]
+    for rule, arms, measure in rules:
+        if not all(arm in found for arm in arms):
+            rows.append([rule, "not run", "0", ""])
+            continue
+        value, holds = measure()
+        seeds = len(set.intersection(*(set(found[arm]) for arm in arms)))
+        rows.append([rule, value, str(seeds), ("yes" if holds else "**no**") + ("" if seeds >= 3 else ", so far")])
+    return table(rows)
+
+
+def difference(first: str, second: str) -> str:
+    return points(paired_difference(as_bools(first), as_bools(second)))
+
+
+def points(gap: Any) -> str:
+    return f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} – {100 * gap.high:+.1f})"
+
+
+def as_bools(right: str) -> list[bool]:
+    return [letter == "1" for letter in right]
+
+
+def rate(right: str) -> float:
+    return 100 * right.count("1") / len(right)
+
+
+def table(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

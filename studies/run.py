@@ -1,0 +1,170 @@
+"""Trains and tests the arms of a study, one after the other; what is there already is left as it is.
+
+    python -m studies.run studies/shifts.yaml --seeds 0 1 2
+    python -m studies.run studies/shifts.yaml --seeds 0 --arms answer_only stage1
+
+Checkpoints go to `runs/studies/NAME/SEED/ARM`, what was measured to `studies/results/NAME/ARM-SEED.json`, of which
+`python -m studies.page` makes the tables.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.small_qwen import build_small_qwen
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.evaluation import Evaluator, Questions, follow_donors, run_controls
+from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+
+from .study import Study
+
+
+RUNS, RESULTS = Path("runs/studies"), Path("studies/results")
+LOGGED = ("loss", "latent_cosine", "retrieval_at_1", "followed_share", "latent_norm_ratio", "selected_per_span")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", help="by default all; with each come those that it continues")
+    options = parser.parse_args()
+    study = Study.load(options.study)
+    unknown = set(options.arms or ()) - set(study.arms)
+    if unknown:
+        parser.error(f"there are no arms {sorted(unknown)}; choose from {list(study.arms)}")
+    for seed in options.seeds:
+        for arm in options.arms or study.arms:
+            run(study, arm, seed)
+
+
+def run(study: Study, name: str, seed: int) -> Path:
+    """Trains and tests an arm, unless it was; returns the folder of its checkpoint."""
+    folder = RUNS / study.name / str(seed) / name
+    result = RESULTS / study.name / f"{name}-{seed}.json"
+    if not (folder / "trainer_state.json").exists():  # saved last
+        train(study, name, seed, folder)
+    if not result.exists():
+        found = measure(study, name, seed, folder)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}, seed {seed}: {accuracies(found)}", flush=True)
+    return folder
+
+
+def train(study: Study, name: str, seed: int, folder: Path) -> None:
+    """Trains an arm and saves its checkpoint."""
+    arm, task = study.arms[name], study.task_of(seed)
+    if arm.after is None:
+        source = folder / "backbone"
+        torch.manual_seed(seed)
+        build_small_qwen(source, task.texts(), **{**study.backbone, **arm.backbone})
+        model = ILVRForConditionalGeneration.from_backbone(source, attn_implementation="eager", **arm.model)
+        # The patch projection stays random: boards need no better one, and its gradient is dear on a CPU.
+        model.vlm.model.visual.patch_embed.requires_grad_(False)
+        processor = ILVRProcessor.from_backbone(source, latent_size=model.config.latent_size)
+    else:
+        source = run(study, arm.after, seed)
+        model = ILVRForConditionalGeneration.from_pretrained(source, attn_implementation="eager", **arm.model)
+        processor = ILVRProcessor.from_pretrained(source, latent_size=model.config.latent_size)
+    print(f"\n=== {name}, seed {seed} ===", flush=True)
+    trainer = ILVRTrainer(
+        model,
+        ILVRTrainingConfig(str(folder), **study.settings_of(name, seed)),
+        train_dataset=task.dataset("train", arm.form),
+        processing_class=processor,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    trainer.save_model()
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    (folder / "commit.json").write_text(json.dumps(commit()))
+    trainer.save_state()
+
+
+def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What an arm's checkpoint answers in each test, with its own latents and under its controls."""
+    arm = study.arms[name]
+    model = ILVRForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    processor = ILVRProcessor.from_pretrained(folder)
+    settings = {"batch_size": study.batch_size, "max_new_tokens": study.max_new_tokens}
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    found: dict[str, Any] = {
+        "arm": name,
+        "seed": seed,
+        "commit": json.loads((folder / "commit.json").read_text()),
+        "settings": study.settings_of(name, seed),
+        "seconds": round(json.loads((folder / "seconds.json").read_text())),
+        "log": [{k: round(e[k], 5) for k in ("step", *LOGGED) if k in e} for e in log if "loss" in e],
+        "tests": {},
+    }
+    form = "answer" if arm.form == "base" else arm.form
+    for test, own in study.tests.items():
+        task = study.task_of(seed, test)
+        questions = Questions.of_task(task, form=form, samples=own["samples"])
+        result = run_questions(model, processor, questions, settings)
+        result |= {"groups": [task.group(sample) for sample in questions.samples]}
+        if arm.controls:
+            few = Questions.of_task(task, form=form, samples=min(own["samples"], study.controlled))
+            result["controls"] = controlled(model, processor, few, arm.controls, settings)
+        found["tests"][test] = result
+    return found
+
+
+def run_questions(
+    model: ILVRForConditionalGeneration, processor: ILVRProcessor, questions: Questions, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Answers as they come: which are right, as a text of 0 and 1, and how many spans and tokens they have."""
+    records = Evaluator(model, processor, questions, **settings).run().records
+    return {
+        "right": bits(record.right for record in records),
+        "spans": round(sum(record.spans for record in records) / len(records), 3),
+        "tokens": round(sum(record.tokens for record in records) / len(records), 3),
+    }
+
+
+def controlled(
+    model: ILVRForConditionalGeneration,
+    processor: ILVRProcessor,
+    questions: Questions,
+    names: list[str],
+    settings: dict[str, Any],
+) -> dict[str, str]:
+    """Which answers are right with other latents; `donor`: which are the donor's, with the donor's last span."""
+    evaluator = Evaluator(model, processor, questions, **settings)
+    runs = run_controls(evaluator, [name for name in names if name != "donor"])
+    found = {name: bits(own.right) for name, own in runs.items()}
+    followed = follow_donors(evaluator, runs["own"]) if "donor" in names else None
+    if followed is not None:
+        found["donor"] = bits(followed.follows.values())
+    return found
+
+
+def bits(values: Any) -> str:
+    return "".join("01"[bool(value)] for value in values)
+
+
+def accuracies(found: dict[str, Any]) -> str:
+    def rate(right: str) -> str:
+        return f"{100 * right.count('1') / len(right):.1f}"
+
+    parts = []
+    for test, result in found["tests"].items():
+        parts.append(f"{test} {rate(result['right'])}")
+        parts += [f"{test}/{control} {rate(right)}" for control, right in result.get("controls", {}).items()]
+    return ", ".join(parts)
+
+
+def commit() -> str:
+    """The commit that is run, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

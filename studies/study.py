@@ -1,0 +1,89 @@
+"""A study as its YAML file says it: a task, tests, and arms that differ from each other in one thing."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ilvr.tasks import Task, load_task
+from ilvr.trainer import ILVRTrainingConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        form (`str`): of the task's training data and test questions, see [`~ilvr.tasks.Task`].
+        settings (`dict`): of [`ILVRTrainingConfig`], on top of the study's.
+        after (`str`, *optional*): the arm whose checkpoint is trained further; a new backbone by default.
+        backbone (`dict`, *optional*): sizes of a new backbone, on top of the study's.
+        model (`dict`, *optional*): settings of the model that training starts with, such as `latent_head`.
+        controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
+        note (`str`, *optional*): what it is, for the table.
+    """
+
+    form: str
+    settings: dict[str, Any]
+    after: str | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    controls: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class Study:
+    """What is compared.
+
+    Args:
+        name (`str`): of the study and its files.
+        task (`str`), task_settings (`dict`): see [`~ilvr.tasks.load_task`].
+        tests (`dict[str, dict]`): by name, the settings in which a test differs from the training's, and `samples`.
+        backbone (`dict`): sizes of the small backbone.
+        training (`dict`): [`ILVRTrainingConfig`] settings of all arms.
+        controlled (`int`): test samples that controls are run on.
+        arms (`dict[str, Arm]`): by name; those that an arm continues come before it.
+        batch_size (`int`), max_new_tokens (`int`): of the tests.
+    """
+
+    name: str
+    task: str
+    task_settings: dict[str, Any]
+    tests: dict[str, dict[str, Any]]
+    backbone: dict[str, Any]
+    training: dict[str, Any]
+    controlled: int
+    arms: dict[str, Arm]
+    batch_size: int = 125
+    max_new_tokens: int = 160
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """Reads a study and checks the settings of all arms.
+
+        Raises:
+            ValueError: names the arm that continues one that does not come before it, or has a wrong setting.
+        """
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        study = cls(**{**given, "arms": {name: Arm(**arm) for name, arm in given["arms"].items()}})
+        before: list[str] = []
+        for name, arm in study.arms.items():
+            if arm.after is not None and arm.after not in before:
+                raise ValueError(f"Arm {name} continues {arm.after!r}, which does not come before it.")
+            before.append(name)
+            try:
+                ILVRTrainingConfig("unused", **study.settings_of(name, seed=0))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Arm {name} (with `training`): {error}") from error
+        return study
+
+    def settings_of(self, arm: str, seed: int) -> dict[str, Any]:
+        """The training settings of an arm."""
+        return {"seed": seed, **self.training, **self.arms[arm].settings}
+
+    def task_of(self, seed: int, test: str | None = None) -> Task:
+        """The task under a seed, with the settings of a test."""
+        own = {} if test is None else {k: v for k, v in self.tests[test].items() if k != "samples"}
+        return load_task(self.task, **{"seed": seed, **self.task_settings, **own})

@@ -1,0 +1,143 @@
+"""Questions about glyphs as conversations in TRL's vision format; helper images show the board after each move.
+
+The words of a trace number and name each move and never say what it leads to: that is left to the latents.
+"""
+
+from typing import Any, cast
+
+from ilvr.data.conversations import ConversationBuilder
+from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
+from ilvr.tasks.forms import FILLER, INSTRUCTIONS, add_step
+from ilvr.tasks.images import as_png
+
+from .board import ARGUMENTS, SIDE, GlyphBoard, parse_move
+from .rendering import render_glyph_board
+
+
+Steps = list[tuple[str, GlyphBoard]]  # moves with the board after each
+
+QUESTION = "Follow the tile at {}. What is on it at the end? Moves: {}. "
+WHAT = "What is on {}?"
+LETTERS = "ABCDEFGH"  # of the eight rows of three dots, in the order of their bits
+BASE_TILES, BASE_MOVES = 4, (1, 1, 2)  # what a small backbone is asked about a picture: tiles, moves to do at once
+
+
+def spelled(pattern: str) -> str:
+    """A pattern as nine words, as answers spell it."""
+    return " ".join(pattern)
+
+
+def shortened(pattern: str) -> str:
+    """A pattern as three words, a letter for each row."""
+    return " ".join(LETTERS[int(pattern[start : start + SIDE], 2)] for start in range(0, SIDE**2, SIDE))
+
+
+def question_of(followed: Cell, moves: list[str], form: str) -> str:
+    """What is asked: the tile by its place at first, and the moves, numbered."""
+    numbered = " ".join(f"{number} {move}" for number, move in enumerate(moves, start=1))
+    return QUESTION.format(cell_name(followed), numbered) + INSTRUCTIONS[form]
+
+
+def vocabulary(size: int, max_moves: int) -> list[str]:
+    """Texts that hold every word of the task."""
+    cells = " ".join(f" {cell_name(cell)}" for cell in all_cells(size))
+    moves = [f"{kind} a x {argument}" for kind, arguments in ARGUMENTS.items() for argument in arguments]
+    questions = [question_of((0, 0), moves, form) for form in INSTRUCTIONS]
+    numbers = " ".join(f" {n}" for n in range(max_moves + 1))
+    boxed = f" \\boxed{{{spelled('010')}}} \\boxed{{{spelled('101')}}}"
+    places = [WHAT.format(cell_name(cell)) for cell in all_cells(size)]
+    letters = "".join(f" {letter}" for letter in LETTERS)
+    return [*questions, *places, cells, boxed, numbers, letters, FILLER * 4] * 3
+
+
+def told_cell(move: str, after: GlyphBoard, state_of: str) -> Cell:
+    """The cell of the tile whose state a step tells.
+
+    Args:
+        move (`str`): the step.
+        after (`GlyphBoard`): after it.
+        state_of (`str`): `followed` or `moved`, see [`~glyphs.Glyphs`].
+    """
+    if state_of == "followed":
+        return after.followed
+    kind, cell, argument = parse_move(move)
+    return after.neighbours(cell)[argument] if kind == "swap" else cell
+
+
+def conversation(
+    board: GlyphBoard, steps: Steps, form: str, *, state_of: str = "followed", latent_size: int = 1
+) -> dict[str, Any]:
+    """One question about one board.
+
+    Args:
+        board (`GlyphBoard`): in the picture.
+        steps (`list[tuple]`): the moves with the board after each, see [`~board.sample_moves`].
+        form (`str`): one of `ilvr.tasks.forms.FORMS`; the state in words is the place of a tile and its pattern.
+        state_of (`str`, *optional*, defaults to `"followed"`): the tile whose state a step tells, or `"moved"`.
+        latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
+
+    Returns:
+        `dict` with the columns of [`~ilvr.data.load_conversations`]. In a trace `metadata` has `helper_questions`.
+    """
+    moves = [move for move, _ in steps]
+    told = [told_cell(move, after, state_of) for move, after in steps]
+    patterns = [after[cell] for (_, after), cell in zip(steps, told)]
+    builder = _asked(board, question_of(board.followed, moves, form))
+    builder.add_turn("assistant", form)
+    for number, ((move, after), cell, pattern) in enumerate(zip(steps, told, patterns), start=1):
+        add_step(
+            *(builder, form, f" {number} {move}"),
+            state=f" {cell_name(cell)} {spelled(pattern)}",
+            short_state=f" {shortened(pattern)} {cell_name(cell)}",
+            picture=lambda after=after: render_glyph_board(after),
+            latent_size=latent_size,
+        )
+    last = steps[-1][1]
+    answer = spelled(last[last.followed])
+    builder.add_text(f" \\boxed{{{answer}}}", "answer")
+    metadata = {
+        "tiles": list(board.tiles),
+        "tile": cell_name(board.followed),
+        "moves": moves,
+        "told": [patch_of(cell, board.size) for cell in told],
+        "tells_answer": told[-1] == last.followed,
+        "last_told": spelled(patterns[-1]),
+        "helper_questions": [WHAT.format(cell_name(cell)) for cell in told] if form == "trace" else None,
+    }
+    return builder.finish(metadata, set(), answer)
+
+
+def base_conversation(board: GlyphBoard, cells: list[Cell], questions: list[Steps]) -> dict[str, Any]:
+    """What teaches a small backbone to see: what is on some tiles, one of them first of all, and short questions.
+
+    Args:
+        board (`GlyphBoard`): in the picture.
+        cells (`list[Cell]`): asked about.
+        questions (`list`): moves with the board after each; the tile that the board follows is asked for.
+    """
+    turns = [(WHAT.format(cell_name(cell)), board[cell]) for cell in cells]
+    for steps in questions:
+        end = steps[-1][1]
+        turns.append((question_of(board.followed, [move for move, _ in steps], "answer"), end[end.followed]))
+    builder = _asked(board, turns[0][0])
+    for number, (question, pattern) in enumerate(turns):
+        if number:
+            builder.add_turn("user", "question")
+            builder.add_text(question, "question")
+        builder.add_turn("assistant", "answer")
+        builder.add_text(f" \\boxed{{{spelled(pattern)}}}", "answer")
+    metadata = {"tiles": list(board.tiles), "tile": cell_name(board.followed)}
+    return builder.finish(metadata, set(), spelled(turns[0][1]))
+
+
+def board_of(metadata: dict[str, Any]) -> GlyphBoard:
+    """The board that a sample with this metadata is about."""
+    return GlyphBoard(tuple(metadata["tiles"]), cell_of(metadata["tile"]))
+
+
+def _asked(board: GlyphBoard, question: str) -> ConversationBuilder:
+    builder = ConversationBuilder(cast(Any, as_png))  # images are here, not located
+    builder.add_turn("user", "question")
+    builder.add_image(render_glyph_board(board), "board")
+    builder.add_text(question, "question")
+    return builder

@@ -1,0 +1,1 @@
+"""The metric of glyphs, a module for `evaluate`."""

@@ -1,0 +1,145 @@
+"""Glyphs as a task: which boards, with how many moves of which kinds, in which form."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+from PIL import Image
+
+from ilvr.tasks.cells import all_cells
+from ilvr.tasks.forms import check_form, check_latent_size
+from ilvr.tasks.generation import generate_dataset
+from ilvr.tasks.task import Task
+
+from .board import ARGUMENTS, TOUCH, WEIGHTS, sample_board, sample_moves
+from .conversations import (
+    BASE_MOVES,
+    BASE_TILES,
+    base_conversation,
+    board_of,
+    conversation,
+    question_of,
+    vocabulary,
+)
+from .rendering import render_glyph_board
+
+
+@dataclass
+class Glyphs(Task):
+    """Following a tile and the dots on it through swaps, turns, flips and stamps.
+
+    **What training is told.** `selection_method="answer_gradient"` asks of each helper image what is on the tile that
+    is followed, and names the place where it then is: each row's `helper_questions`. So the *place* is a label, which
+    the world knows, in training; the pattern there is what the model itself sees, and no question says it. At
+    inference nothing is named but the tile's place at first. An answer has 13 tokens: set `max_helper_answer_tokens`
+    to 16.
+
+    Args:
+        boards (`int`), test_boards (`int`): training and test samples, a board each.
+        base_boards (`int`, *optional*, defaults to 0): boards that a small backbone learns to see on.
+        size (`int`, *optional*, defaults to 4): of a board, 2 to 5.
+        lengths (`tuple[int, int]`, *optional*, defaults to `(4, 8)`): fewest and most moves of a training sample.
+        test_lengths (`tuple[int, int]`, *optional*, defaults to `lengths`): and of a test.
+        weights (`Mapping[str, float]`, *optional*, defaults to swap 0.15, turn 0.15, flip 0.15, stamp 0.55):
+            How often each kind of move is drawn; those left out never. `floors.py` measures what that leaves to
+            answers without serial work.
+        touch (`float`, *optional*, defaults to 0.6): share of moves of the followed tile; the others are of one next
+            to it.
+        state_of (`str`, *optional*, defaults to `"followed"`): whose pattern a step tells, by latents or in words: of
+            the tile that is `"followed"`, or of the one that the move `"moved"`. The first leaves it to the model to
+            keep what moves do to tiles that stamps come from.
+        latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.
+        seed (`int`, *optional*, defaults to 0): fixes boards, splits and moves.
+
+    Raises:
+        ValueError: if there are no such boards, lengths, weights or shares.
+    """
+
+    boards: int
+    test_boards: int
+    base_boards: int = 0
+    size: int = 4
+    lengths: tuple[int, int] = (4, 8)
+    test_lengths: tuple[int, int] | None = None
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
+    touch: float = TOUCH
+    state_of: str = "followed"
+    latent_size: int = 1
+    seed: int = 0
+
+    title = "Glyphs"
+    metric = "glyphs"
+    prompt = question_of((1, 2), ["swap b z left", "stamp b y up", "turn b y right"], "trace")
+
+    def __post_init__(self) -> None:
+        self.test_lengths = self.test_lengths or self.lengths
+        if not 2 <= self.size <= 5 or not 0 <= self.touch <= 1:
+            raise ValueError(
+                f"Boards of glyphs have size 2 to 5, and touch is a share, got size {self.size}, touch {self.touch}."
+            )
+        for name in ("lengths", "test_lengths"):
+            values = getattr(self, name)
+            if len(values) != 2 or not 1 <= values[0] <= values[1]:
+                raise ValueError(f"{name} must be a fewest and a most number of moves, from 1 on, got {values}.")
+        if set(self.weights) - set(ARGUMENTS) or min(self.weights.values(), default=0) < 0 or not self._total() > 0:
+            raise ValueError(f"weights must name some of {', '.join(ARGUMENTS)}, not all 0, got {self.weights}.")
+        if self.state_of not in ("followed", "moved"):
+            raise ValueError(f"state_of must be 'followed' or 'moved', got {self.state_of!r}.")
+        check_latent_size(self.latent_size)
+
+    def _total(self) -> float:
+        return sum(self.weights.values())
+
+    def dataset(self, split: str, form: str = "trace") -> Dataset:
+        """The samples of a split in one form; see [`~ilvr.tasks.Task.dataset`].
+
+        Raises:
+            ValueError: for an unknown split or form, and for tests in the form `base`.
+        """
+        check_form(split, form)
+        return generate_dataset(_rows, split, {"task": self, "split": split, "form": form})
+
+    def texts(self) -> list[str]:
+        return vocabulary(self.size, max(self.lengths[1], (self.test_lengths or self.lengths)[1], *BASE_MOVES))
+
+    def donor_reference(self, sample: dict[str, Any], donor: dict[str, Any]) -> str | None:
+        """What the donor's last span tells, if that of the sample tells its answer."""
+        own = json.loads(sample["metadata"])
+        return json.loads(donor["metadata"])["last_told"] if own["tells_answer"] else None
+
+    def followed_patches(self, sample: dict[str, Any]) -> list[int]:
+        """The tile whose state each step tells, in raster order; a patch is as large as a tile."""
+        return json.loads(sample["metadata"])["told"]
+
+    def group(self, sample: dict[str, Any]) -> str:
+        return f"{len(json.loads(sample['metadata'])['moves'])} moves"
+
+    def draw(self, sample: dict[str, Any], answer: str) -> list[tuple[str, Image.Image]]:
+        """The board after each move."""
+        metadata = json.loads(sample["metadata"])
+        board, pictures = board_of(metadata), []
+        for move in metadata["moves"]:
+            board = board.move(move)
+            pictures.append((f"after {move}", render_glyph_board(board)))
+        return pictures
+
+
+def _rows(task: Glyphs, split: str, form: str) -> Iterator[dict[str, Any]]:
+    is_base = form == "base"
+    lengths = (split == "test" and task.test_lengths) or task.lengths
+    number = task.test_boards if split == "test" else task.base_boards if is_base else task.boards
+    draw = partial(sample_moves, weights=task.weights, touch=task.touch)
+    for i in range(number):
+        # The forms ask the same questions: what is drawn depends on the split alone.
+        rng = random.Random(f"{task.seed}-{'base' if is_base else 'follow'}-{split}-{i}")
+        board = sample_board(rng, task.size, split, task.seed)
+        if is_base:
+            cells = rng.sample(all_cells(task.size), BASE_TILES)
+            yield base_conversation(board, cells, [draw(rng, board, n) for n in BASE_MOVES])
+        else:
+            steps = draw(rng, board, rng.randint(*lengths))
+            yield conversation(board, steps, form, state_of=task.state_of, latent_size=task.latent_size)
