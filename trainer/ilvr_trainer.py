@@ -398,9 +398,14 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         args = self.args
-        rule = {} if self.attention_rule is None else {"attention rule": self._rule_name()}
+        given = {
+            "attention rule": self._rule_name(),
+            "image dropout": args.image_dropout and f"{args.image_dropout}, {args.image_dropout_schedule}",
+            "own latents": args.own_latents,
+        }
+        given = {name: value for name, value in given.items() if value}
         if not args.aligns:
-            return {"stage": 2, **rule}
+            return {"stage": 2, **given}
         selection = args.selection_method
         if selection == "query_top_p":
             selection += f", top-p {args.selection_top_p}, tau {args.selection_temperature}"
@@ -409,8 +414,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "teacher decay": args.teacher_decay,
             "selection": selection,
             "latent head": self.student.config.latent_head,
-            "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment ({args.alignment})",
-            **rule,
+            "loss": f"{args.ce_weight if args.stage == 1 else 1.0} CE + {args.alignment_weight} alignment "
+            f"({args.alignment}{', annealed' if args.alignment_anneal else ''})",
+            **given,
         }
 
 
