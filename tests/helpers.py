@@ -77,7 +77,17 @@ def make_dataset(samples=SAMPLES) -> Dataset:
     return Dataset.from_list(samples).cast_column("images", List(Image()))
 
 
-def make_trainer(model, processor, folder, samples=SAMPLES, dataset=None, callbacks=None, peft_config=None, **kwargs):
+def make_trainer(
+    model,
+    processor,
+    folder,
+    samples=SAMPLES,
+    dataset=None,
+    eval_dataset=None,
+    callbacks=None,
+    peft_config=None,
+    **kwargs,
+):
     settings = {
         "stage": 1,
         "max_steps": 4,
@@ -101,6 +111,7 @@ def make_trainer(model, processor, folder, samples=SAMPLES, dataset=None, callba
         model,
         args,
         train_dataset=make_dataset(samples) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         processing_class=processor,
         callbacks=callbacks,
         peft_config=peft_config,

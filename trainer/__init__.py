@@ -4,6 +4,13 @@ from .ilvr_trainer import ILVRTrainer
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentDataCollator
 from .watching.selection_drawing import SelectionDrawingCallback
+from .watching.swap_gap import SwapGapCallback
 
 
-__all__ = ["ILVRTrainer", "ILVRTrainingConfig", "LatentDataCollator", "SelectionDrawingCallback"]
+__all__ = [
+    "ILVRTrainer",
+    "ILVRTrainingConfig",
+    "LatentDataCollator",
+    "SelectionDrawingCallback",
+    "SwapGapCallback",
+]

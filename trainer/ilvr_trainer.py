@@ -24,7 +24,7 @@ from ilvr.latent_spans import chunk_bounds
 from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, add_followed_patches, add_helper_prompts, prepare_dataset
+from .inputs.data_preparation import PREPARED_COLUMNS, prepare_for
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .losses import token_loss, token_statistics
@@ -33,8 +33,10 @@ from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_mo
 from .running.checks import check_agreement, check_batch_size, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
+from .running.optimizer_state import OptimizerStateCallback
 from .running.sharding import is_sharded
 from .selection import SELECTORS, Selection
+from .student_inputs import StudentInputs
 from .target_selection import TargetSelector, select_beforehand
 from .teacher import TEACHER_FILE, MomentumTeacher, TeacherUpdateCallback
 from .watching.trackers import SelectionHistogramCallback
@@ -111,35 +113,17 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             freeze_vision_tower(base_model)
         if peft_config is not None and not is_peft_model(model):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
-        preparation: dict[str, Any] = {
-            "processor": processing_class,
-            "stage": args.stage,
-            "max_length": args.max_length,
-            "num_proc": args.dataset_num_proc,
-        }
-        self.keeps_teacher = args.stage == 1
+        self.keeps_teacher = args.aligns
         self.attention_rule = attention_rule
-        asks = self.keeps_teacher and SELECTORS[args.selection_method].asks_teacher
-        asked: dict[str, Any] = {
-            "processor": processing_class,
-            "question": args.helper_question,
-            "num_proc": args.dataset_num_proc,
-        }
+        prepare = partial(prepare_for, processor=processing_class, args=args)
         with args.main_process_first(desc="preparation"):
-            train_dataset = prepare_dataset(train_dataset, **preparation)
-            eval_dataset = _each(eval_dataset, partial(prepare_dataset, **preparation))
-            if asks:
-                train_dataset = add_helper_prompts(train_dataset, **asked)
-                eval_dataset = _each(eval_dataset, partial(add_helper_prompts, **asked))
-            if self.keeps_teacher:
-                known: dict[str, Any] = {
-                    "required": SELECTORS[args.selection_method].reads_followed,
-                    "num_proc": args.dataset_num_proc,
-                }
-                train_dataset = add_followed_patches(train_dataset, **known)
-                eval_dataset = _each(eval_dataset, partial(add_followed_patches, **known))
+            train_dataset, eval_dataset = prepare(train_dataset), _each(eval_dataset, prepare)
 
-        own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)] if self.keeps_teacher else []
+        own: list[TrainerCallback] = []
+        if self.keeps_teacher:
+            own = [TeacherUpdateCallback(self), SelectionHistogramCallback(self)]
+        if args.optimizer_state_from is not None:
+            own.append(OptimizerStateCallback(self, args.optimizer_state_from))
         super().__init__(
             model=model,
             args=args,
@@ -156,7 +140,14 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         )
         self.teacher: MomentumTeacher | None = None
         self.select_targets: TargetSelector | None = None
+        self.student_inputs = StudentInputs(args, attention_rule, self._predict_latents, self._progress)
+        if args.own_latents and is_sharded(self.accelerator):
+            raise ValueError(
+                "own_latents takes a forward more where rows are drawn, and the ranks of a sharded model have to run "
+                "equally many. Train with DDP or ZeRO-2, or set it to 0."
+            )
         if self.keeps_teacher:
+            asks = SELECTORS[args.selection_method].asks_teacher
             self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=asks)
             self.select_targets = self._target_selector(self.teacher)
         if args.cache_images:
@@ -165,9 +156,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._cache_images(dataset))
         if self.select_targets is not None and args.selection_schedule == "once":
             with args.main_process_first(desc="selecting targets"):
-                self.train_dataset = self._select_once(self.train_dataset)
-                self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self._select_once(dataset))
-        if self.select_targets is not None and self.student.config.latent_head == "rescale":
+                self.train_dataset = self.select_once(self.train_dataset)
+                self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self.select_once(dataset))
+        if self.select_targets is not None and args.stage == 1 and self.student.config.latent_head == "rescale":
             self.student.config.latent_norm = self._target_norm()
 
     def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
@@ -216,12 +207,11 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         batch.inputs = inputs = self.encode_user_images(batch.inputs)
+        # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
         selection = None
         if self.select_targets is not None:
             with self.accelerator.autocast():
-                # 2. and 3. The teacher reads the same sequences and selects the targets of each span.
                 selection = self.select_targets(batch)
-        targets, target_mask = (None, None) if selection is None else (selection.targets, selection.mask)
 
         # 4. The student, with the targets in the latent positions (stage 1) or its own latents (stage 2).
         # Logits only where some row has a label, unless the caller asked for them.
@@ -230,10 +220,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         columns = wanted.nonzero().flatten()
         outputs = model(
             **inputs,
-            latent_values=targets,
-            latent_mask=target_mask,
+            **self.student_inputs(inputs, selection, training=model.training),
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
-            attention_rule=self.attention_rule,
             jacobi_iterations=self.args.jacobi_iterations,
             jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
             logits_to_keep=columns,
@@ -247,17 +235,12 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             ce = ce * self.accelerator.num_processes
         loss = self.args.ce_weight * ce if self.args.stage == 1 else ce
         if selection is not None:
-            alignment, cosine = alignment_term(outputs.predicted_latents, selection, self.args)
-            num_samples = selection.mask.flatten(1).any(1).sum()
-            self.record(num_samples, alignment_loss=alignment)
-            self.record(selection.mask.sum(), latent_cosine=cosine)
-            for count, means in alignment_statistics(outputs.predicted_latents, selection):
-                self.record(count, **means)
+            alignment, weight = self._alignment(outputs.predicted_latents, selection), self._alignment_weight()
             # Weighted, like the cross-entropy, by its share in all micro-batches and ranks of a step.
             if num_items_in_batch is not None:
-                alignment = alignment * num_samples / self._samples_per_rank
-            loss = loss + self.args.alignment_weight * alignment
-        elif self.args.jacobi_iterations is not None and outputs.latent_inputs is not None:
+                alignment = alignment * selection.mask.flatten(1).any(1).sum() / self._samples_per_rank
+            loss = loss + weight * alignment
+        if self.args.jacobi_iterations is not None and outputs.latent_inputs is not None:
             residual = (outputs.predicted_latents - outputs.latent_inputs).norm() / outputs.latent_inputs.norm()
             self.record(outputs.latent_inputs.any(-1).sum(), latent_residual=residual)
         self.record((labels != -100).sum(), **token_statistics(outputs.logits, labels))
@@ -265,6 +248,32 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.record(len(spans), spans_per_sample=spans.float().mean())
         self.record_tokens(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _alignment(self, latents: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """The alignment loss of the predicted latents (B, S, K, D); it and what belongs to it are recorded."""
+        alignment, cosine = alignment_term(latents, selection, self.args)
+        self.record(selection.mask.flatten(1).any(1).sum(), alignment_loss=alignment)
+        self.record(selection.mask.sum(), latent_cosine=cosine)
+        for count, means in alignment_statistics(latents, selection):
+            self.record(count, **means)
+        return alignment
+
+    def _alignment_weight(self) -> float:
+        weight = cast(float, self.args.alignment_weight)
+        if not self.args.alignment_anneal:
+            return weight
+        weight *= 1 - self._progress()
+        self.record(1, alignment_weight=weight)
+        return weight
+
+    def _progress(self) -> float:
+        """The share of the run's optimizer steps that are taken."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _predict_latents(self, **inputs: Any) -> torch.Tensor:
+        """The latents (B, S, K, D) that the student predicts."""
+        with self.accelerator.autocast():
+            return self.student.model(**inputs, use_cache=False).predicted_latents
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
         """Counts, beside the words, the samples with targets in all micro-batches of a step: their mean over ranks.
@@ -315,8 +324,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         batch.inputs = self.encode_user_images(batch.inputs)
         return batch
 
-    def _select_once(self, dataset: Any) -> Dataset:
-        """The data set with what the model that training starts from selects."""
+    def select_once(self, dataset: Any) -> Dataset:
+        """A prepared data set with what the model that training starts from selects."""
 
         @torch.no_grad()
         def select(rows: list[dict[str, Any]]) -> Selection | None:
@@ -364,8 +373,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "then satisfied by their common direction. Freeze the vision tower if it is trained, and check that "
                 "the backbone can tell the helper images apart."
             )
-
-        if not 0.5 < logs.get("latent_norm_ratio", 1) < 2:
+        if self.args.stage == 1 and not 0.5 < logs.get("latent_norm_ratio", 1) < 2:
             logger.warning_once(
                 f"What the model would feed back is {logs['latent_norm_ratio']:.3g} times as long as what stage 1 "
                 "feeds it: inference will differ from training. Start the model with latent_head='rescale'."
@@ -390,19 +398,25 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         args = self.args
-        rule = {} if self.attention_rule is None else {"attention rule": self._rule_name()}
-        if args.stage == 2:
-            return {"stage": 2, **rule}
+        given = {
+            "attention rule": self._rule_name(),
+            "image dropout": args.image_dropout and f"{args.image_dropout}, {args.image_dropout_schedule}",
+            "own latents": args.own_latents,
+        }
+        given = {name: value for name, value in given.items() if value}
+        if not args.aligns:
+            return {"stage": 2, **given}
         selection = args.selection_method
         if selection == "query_top_p":
             selection += f", top-p {args.selection_top_p}, tau {args.selection_temperature}"
         return {
-            "stage": 1,
+            "stage": args.stage,
             "teacher decay": args.teacher_decay,
             "selection": selection,
             "latent head": self.student.config.latent_head,
-            "loss": f"{args.ce_weight} CE + {args.alignment_weight} alignment ({args.alignment})",
-            **rule,
+            "loss": f"{args.ce_weight if args.stage == 1 else 1.0} CE + {args.alignment_weight} alignment "
+            f"({args.alignment}{', annealed' if args.alignment_anneal else ''})",
+            **given,
         }
 
 

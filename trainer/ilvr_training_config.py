@@ -9,6 +9,11 @@ from trl import SFTConfig
 from .selection import SELECTORS
 
 
+# By stage: the paper's, and a fiftieth of it (ours). Cross-entropy through the model's own latents multiplies errors
+# over the latents, and has no reason to return to latents that have failed.
+LEARNING_RATES = {1: 1e-5, 2: 2e-7}
+
+
 @dataclass
 class ILVRTrainingConfig(SFTConfig):
     r"""
@@ -20,7 +25,8 @@ class ILVRTrainingConfig(SFTConfig):
 
         stage (`int`, *optional*, defaults to 1):
             1 aligns the latents with features that a momentum teacher selects from the helper images; 2 trains through
-            the model's own latents with cross-entropy alone. Samples without helper images train as text in stage 2.
+            the model's own latents with cross-entropy, alone unless `alignment_weight` is given. Samples without
+            helper images train as text in stage 2.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether the vision tower and merger stay as they are.
         cache_images (`bool`, *optional*, defaults to `False`):
@@ -55,12 +61,26 @@ class ILVRTrainingConfig(SFTConfig):
         max_candidates (`int`, *optional*, defaults to 256):
             Groups that the features of a helper image are averaged into.
 
-        > Stage 1: loss
+        > Against latents that are not used
+
+        image_dropout (`float`, *optional*, defaults to 0.0):
+            Share of rows that may not look at their images after the first span, in both stages (LIVR, arXiv
+            2512.21218; CVRR, 2609.06746). In inference, `generate(attention_rule=hide_images_after_first_span)`.
+        image_dropout_schedule (`str`, *optional*, defaults to `"constant"`):
+            Whether that share is `"constant"`, or grows over the run from 0 by a `"linear"` schedule.
+        own_latents (`float`, *optional*, defaults to 0.0):
+            Share of rows in stage 1, growing over the run from 0, that are fed the latents which the model predicts,
+            as in inference, in place of targets (scheduled sampling, arXiv 1506.03099). Takes a forward more.
+
+        > Loss
 
         ce_weight (`float`, *optional*, defaults to 1.0):
             Weight of the cross-entropy over words and span markers.
-        alignment_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the alignment loss.
+        alignment_weight (`float`, *optional*, defaults to `None`):
+            Weight of the alignment loss; `None`: 1.0 in stage 1, 0.0 in stage 2 (paper). With more, stage 2 aligns the
+            model's own latents with targets selected as in stage 1, and needs helper images and a teacher, too.
+        alignment_anneal (`bool`, *optional*, defaults to `False`):
+            Whether that weight falls to 0 over the run, linearly.
         alignment (`str`, *optional*, defaults to `"cosine"`):
             The alignment loss: `"cosine"` (paper); `"infonce"`, by which each latent picks its target among the other
             candidates of its helper image and the targets of other rows; or `"centred"` (ours), the cosine after the
@@ -71,6 +91,12 @@ class ILVRTrainingConfig(SFTConfig):
         alignment_noise (`float`, *optional*, defaults to 0.01):
             Standard deviation of the noise added to the targets of the alignment loss.
 
+        > Stage 2: what stage 1 learned
+
+        optimizer_state_from (`str`, *optional*, defaults to `None`):
+            A checkpoint of stage 1, or its folder, whose newest whole checkpoint is taken: its AdamW moments and step
+            counts are this run's first. Learning rate and schedule are this run's own.
+
         > Stage 2: latents in parallel
 
         jacobi_iterations (`int`, *optional*, defaults to `None`):
@@ -80,9 +106,11 @@ class ILVRTrainingConfig(SFTConfig):
             Through how many of the last of these the gradient flows. `None`: all.
 
     > [!NOTE]
-    > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-5, `weight_decay` 0.01, `num_train_epochs` 15,
-    > `per_device_train_batch_size` 1, `gradient_accumulation_steps` 8, `max_grad_norm` 1.0, `max_length` `None` (no
-    > sequence is ever cut: samples longer than `max_length` are dropped and listed), `remove_unused_columns` `False`.
+    > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` `None` (1e-5 in stage 1, 2e-7 in stage 2: at stage
+    > 1's rate a small model lost its latents within fifty steps, at a fiftieth they got better), `weight_decay` 0.01,
+    > `num_train_epochs` 15, `per_device_train_batch_size` 1, `gradient_accumulation_steps` 8, `max_grad_norm`
+    > 1.0, `max_length` `None` (no sequence is ever cut: samples longer than `max_length` are dropped and listed),
+    > `remove_unused_columns` `False`.
     > `train_sampling_strategy="group_by_length"` groups samples by spans and length in batches of random order.
     """
 
@@ -90,7 +118,9 @@ class ILVRTrainingConfig(SFTConfig):
     output_dir: str = field(  # ty: ignore[incompatible-mutable-override]
         default="ilvr-output", metadata={"help": "Folder of checkpoints and of the final model."}
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "The initial learning rate for AdamW. Default: 1e-5 in stage 1, 2e-7 in 2."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay for AdamW."})
     num_train_epochs: float = field(default=15.0, metadata={"help": "Total number of training epochs."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Batch size per device."})
@@ -132,13 +162,32 @@ class ILVRTrainingConfig(SFTConfig):
     selection_temperature: float = field(default=0.05, metadata={"help": "Softmax temperature over the cosines."})
     max_candidates: int = field(default=256, metadata={"help": "Feature groups per helper image."})
 
+    image_dropout: float = field(
+        default=0.0, metadata={"help": "Share of rows that may not look at their images after the first span."}
+    )
+    image_dropout_schedule: str = field(
+        default="constant", metadata={"help": "How that share goes over the run.", "choices": ["constant", "linear"]}
+    )
+    own_latents: float = field(
+        default=0.0, metadata={"help": "Share of rows that stage 1 feeds the model's own latents by the end of a run."}
+    )
+
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy."})
-    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the alignment loss. Default: 1.0 in stage 1, 0.0 in stage 2."}
+    )
+    alignment_anneal: bool = field(
+        default=False, metadata={"help": "Whether the weight of the alignment loss falls to 0 over the run."}
+    )
     alignment: str = field(
         default="cosine", metadata={"help": "The alignment loss.", "choices": ["cosine", "infonce"]}
     )
     alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE alignment."})
     alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})
+
+    optimizer_state_from: str | None = field(
+        default=None, metadata={"help": "Checkpoint or folder of stage 1 whose AdamW moments this run starts with."}
+    )
 
     jacobi_iterations: int | None = field(
         default=None, metadata={"help": "Refines all latents at once, this many times. Default: one after the other."}
@@ -148,6 +197,10 @@ class ILVRTrainingConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES.get(self.stage, LEARNING_RATES[1])
+        if self.alignment_weight is None:
+            self.alignment_weight = 0.0 if self.stage == 2 else 1.0
         with warnings.catch_warnings():
             # TRL sets `gradient_checkpointing`, transformers has renamed it: nothing a user can act on.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
@@ -180,6 +233,11 @@ class ILVRTrainingConfig(SFTConfig):
                 "`alignment` must be 'cosine', 'infonce' or 'centred' and `alignment_temperature` above 0, got "
                 f"{self.alignment!r} and {self.alignment_temperature}."
             )
+        if self.alignment_weight < 0 or (self.alignment_anneal and not self.alignment_weight):
+            raise ValueError(
+                "`alignment_weight` must be at least 0, and above it with `alignment_anneal`, got "
+                f"{self.alignment_weight} with alignment_anneal={self.alignment_anneal}."
+            )
         if self.max_candidates < 1:
             raise ValueError(f"`max_candidates` must be at least 1, got {self.max_candidates}.")
         iterations, gradient_iterations = self.jacobi_iterations, self.jacobi_gradient_iterations
@@ -192,6 +250,22 @@ class ILVRTrainingConfig(SFTConfig):
             )
         if self.packing or self.padding_free:
             raise ValueError("`packing` and `padding_free` would mix the spans of samples; set both to False.")
+        if not 0 <= self.image_dropout <= 1 or self.image_dropout_schedule not in ("constant", "linear"):
+            raise ValueError(
+                "`image_dropout` must lie in [0, 1] and `image_dropout_schedule` be 'constant' or 'linear', got "
+                f"{self.image_dropout} and {self.image_dropout_schedule!r}."
+            )
+        if not 0 <= self.own_latents <= 1 or (self.own_latents and self.stage != 1):
+            raise ValueError(
+                "`own_latents` must lie in [0, 1], and is for stage 1: stage 2 is fed nothing else. Got "
+                f"{self.own_latents} in stage {self.stage}."
+            )
         # The trainer prepares the data itself; TRL's own preparation knows nothing of latent spans.
         given = cast(dict[str, Any], self.dataset_kwargs or {})  # TRL has parsed the string of a command line
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+
+    @property
+    def aligns(self) -> bool:
+        """Whether latents are aligned with targets, so that a teacher selects some: in stage 1, and in stage 2 on
+        request."""
+        return self.stage == 1 or bool(self.alignment_weight)

@@ -18,7 +18,8 @@ def added_fields(config_class) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)} - inherited
 
 
-# A value of each field of ours that must change what a run of two steps logs; `cache_images` changes the data instead.
+# A value of each field of ours that must change what a run of three steps logs; `cache_images` changes the data
+# instead, and `optimizer_state_from` has tests of its own.
 VARIED = {
     "stage": 2,
     "freeze_vision_tower": False,
@@ -33,7 +34,11 @@ VARIED = {
     "unselected_slots": "repeat",
     "ce_weight": 0.5,
     "alignment_weight": 2.0,
+    "alignment_anneal": True,
     "alignment": "infonce",
+    "image_dropout": 1.0,
+    "image_dropout_schedule": "linear",
+    "own_latents": 1.0,
     "alignment_temperature": 1.0,
     "alignment_noise": 1.0,
     "jacobi_iterations": 2,
@@ -45,17 +50,18 @@ NEEDS = {
     "max_helper_answer_tokens": ASKED,
     "unselected_slots": {"selection_top_p": 0.3},
     "alignment_temperature": {"alignment": "infonce"},
+    "image_dropout_schedule": {"image_dropout": 1.0},
     "jacobi_iterations": {"stage": 2},
     "jacobi_gradient_iterations": {"stage": 2, "jacobi_iterations": 2},
 }
 
 
 def log_of(model, processor, folder, **settings) -> list[dict]:
-    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "selection_temperature": 0.3, **settings}
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "selection_temperature": 0.3, **settings}
     trainer = make_trainer(copy.deepcopy(model), processor, folder, **settings)
     trainer.train()
     times = {"step_time", "tokens_per_second", "epoch"}
-    return [{name: line[name] for name in line.keys() - times} for line in trainer.state.log_history[:2]]
+    return [{name: line[name] for name in line.keys() - times} for line in trainer.state.log_history[:3]]
 
 
 @pytest.mark.parametrize("field", VARIED)
@@ -75,7 +81,7 @@ def test_each_alignment_is_another_loss(model, processor, tmp_path):
 
 
 def test_the_list_of_fields_is_complete():
-    assert added_fields(ILVRTrainingConfig) == VARIED.keys() | {"cache_images"}
+    assert added_fields(ILVRTrainingConfig) == VARIED.keys() | {"cache_images", "optimizer_state_from"}
 
 
 def test_defaults_in_the_docstring_are_the_defaults():

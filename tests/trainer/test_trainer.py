@@ -85,6 +85,40 @@ def test_log_has_every_part(model, processor, tmp_path):
     assert {"mean_token_accuracy", "entropy", "num_tokens"} <= log.keys()
 
 
+@pytest.mark.parametrize("anneal", [False, True])
+def test_stage_2_aligns_its_own_latents_on_request(model, processor, tmp_path, anneal):
+    """The loss of the first step is that of the walk's latents; the weight falls over the run if it is to."""
+    settings = {"stage": 2, "alignment_weight": 4.0, "alignment_anneal": anneal, "alignment_noise": 0.0}
+    settings |= {"selection_schedule": "once", "per_device_train_batch_size": 8}
+    trainer = make_trainer(model, processor, tmp_path, **settings)
+    batch = trainer._batch_of(list(trainer.train_dataset))
+    selection = trainer.select_targets(batch)
+    walked = model.model(**batch.inputs).predicted_latents
+    cosine = torch.cosine_similarity(walked, selection.targets, dim=-1)[selection.mask].mean()
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "alignment_loss" in line]
+    assert logs[0]["latent_cosine"] == pytest.approx(cosine.item(), rel=1e-3)
+    weights = [line.get("alignment_weight", 4.0) for line in logs]
+    assert weights == ([4.0, 3.0, 2.0, 1.0] if anneal else [4.0] * 4)
+    for line, weight in zip(logs, weights):
+        assert line["loss"] == pytest.approx(line["ce_loss"] + weight * line["alignment_loss"], rel=1e-4)
+    assert logs[-1]["alignment_loss"] < logs[0]["alignment_loss"]
+
+
+def test_stage_2_has_no_teacher_and_a_small_rate_by_itself(model, processor, tmp_path):
+    trainer = make_trainer(model, processor, tmp_path, stage=2)
+    assert trainer.teacher is None and trainer.select_targets is None and trainer.args.alignment_weight == 0.0
+    rates = {stage: ILVRTrainingConfig(str(tmp_path), stage=stage, bf16=False, use_cpu=True) for stage in (1, 2)}
+    assert {stage: args.learning_rate for stage, args in rates.items()} == {1: 1e-5, 2: 2e-7}
+    assert (
+        ILVRTrainingConfig(str(tmp_path), stage=2, learning_rate=1e-5, bf16=False, use_cpu=True).learning_rate == 1e-5
+    )
+    with pytest.raises(
+        ValueError, match="`alignment_weight` must be at least 0, and above it with `alignment_anneal`"
+    ):
+        make_trainer(model, processor, tmp_path, stage=2, alignment_anneal=True)
+
+
 def test_samples_without_spans_train_as_text(model, processor, tmp_path):
     text = make_sample(["Right Down"])
     mixed = [text, SAMPLES[0], text, SAMPLES[1]]

@@ -19,6 +19,9 @@ from ilvr.data.images import image_size
 from ilvr.data.sources import undecoded
 from ilvr.data.token_counts import SizeTokenizer, check_spans
 
+from ..ilvr_training_config import ILVRTrainingConfig
+from ..selection import SELECTORS
+
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +44,21 @@ FEATURES = Features(
 PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, FOLLOWED_PATCHES, "images")
 
 
+def prepare_for(
+    dataset: Any, processor: ILVRProcessor, args: ILVRTrainingConfig, *, name: str = "train"
+) -> Dataset | IterableDataset:
+    """A data set as a run with these `args` trains on it: see [`prepare_dataset`], [`add_helper_prompts`] and
+    [`add_followed_patches`]; `args` say which of them it takes."""
+    selector, workers = SELECTORS[args.selection_method], args.dataset_num_proc
+    sizes: dict[str, Any] = {"stage": 1 if args.aligns else 2, "max_length": args.max_length}
+    dataset = prepare_dataset(dataset, processor, name=name, num_proc=workers, **sizes)
+    if args.aligns and selector.asks_teacher:
+        dataset = add_helper_prompts(dataset, processor, question=args.helper_question, name=name, num_proc=workers)
+    if args.aligns:
+        dataset = add_followed_patches(dataset, required=selector.reads_followed, name=name, num_proc=workers)
+    return dataset
+
+
 def prepare_dataset(
     dataset: Any,
     processor: ILVRProcessor,
@@ -55,7 +73,7 @@ def prepare_dataset(
     Args:
         dataset (`Dataset` or `IterableDataset`): with `messages` (or `prompt` and `completion`) and `images`.
         processor ([`ILVRProcessor`]).
-        stage (`int`): 1 needs helper images; samples without any train as text.
+        stage (`int`): 1, and all that aligns latents, needs helper images; samples without any train as text.
         max_length (`int`, *optional*): longest sequence kept, in tokens. Longer samples are dropped, counted and
             listed in a warning: a sequence is never cut, for the cut could fall into a latent span or an image.
         name (`str`, *optional*, defaults to `"train"`): of the data set, for messages.
@@ -80,8 +98,8 @@ def prepare_dataset(
         return prepared if max_length is None else prepared.filter(_is_kept, with_indices=True, fn_kwargs=limits)
     if stage == 1 and not any(prepared["num_spans"]):
         raise ValueError(
-            f"No sample of the {name} data has an image in an assistant turn, so stage 1 has nothing to align latents "
-            "with. Add helper images, or train in stage 2."
+            f"No sample of the {name} data has an image in an assistant turn, so there is nothing to align latents "
+            "with. Add helper images, or train in stage 2 without alignment_weight."
         )
     return prepared if max_length is None else _drop_long(prepared, max_length, name)
 

@@ -20,6 +20,7 @@ from ..watching.clock import StepClock, peak_gpu_memory
 from ..watching.step_log import StepLog
 from .adapters import ilvr_model
 from .checkpoints import CheckpointWriter, check_run, resolve_checkpoint, warn_of_earlier_run
+from .optimizer_state import save_parameter_names
 from .sharding import ShardingCallback, local_part, prepare_sharding
 
 
@@ -204,6 +205,8 @@ class DurableTrainer(_Trainer):
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         with CheckpointWriter(self, folder, self.run_settings()) as self._checkpoint_writer:
             self.save_method_state(folder)
+            if self.args.should_save and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                save_parameter_names(self.accelerator.unwrap_model(self.model), self.optimizer, folder)
             super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str):

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from ilvr.data.images import open_image
 
 from ..inputs.data_collator import HELPER_PREFIX, LatentBatch
-from ..inputs.data_preparation import HELPER_IMAGES, prepare_dataset
+from ..inputs.data_preparation import HELPER_IMAGES, prepare_for
 from ..selection import Selection
 from .selection_pictures import selection_row, sheet, token_grid
 from .trackers import tensorboard_writer, trackio_module
@@ -90,7 +90,9 @@ class SelectionDrawingCallback(TrainerCallback):
         if every < 1:
             raise ValueError(f"`every` must be at least 1 optimizer step, got {every}.")
         self.trainer, self.every = trainer, every
-        samples = cast(Dataset, prepare_dataset(samples, trainer.processing_class, stage=1, name="drawn"))
+        samples = cast(Dataset, prepare_for(samples, trainer.processing_class, trainer.args, name="drawn"))
+        if trainer.args.selection_schedule == "once":
+            samples = trainer.select_once(samples)
         rows = [samples[i] for i in range(len(samples))]
         if any(isinstance(row[HELPER_IMAGES], bytes) for row in rows):
             raise ValueError("The samples hold features, not images. Give them as they were before `cache_images`.")

@@ -23,7 +23,21 @@ from ilvr.trainer.watching.selection_pictures import (
 )
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_images": True}, {"selection_method": "random"}], ids=str)
+ASKED = {"selection_method": "answer_gradient", "helper_question": "Right", "max_helper_answer_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cache_images": True},
+        {"selection_method": "random"},
+        ASKED,
+        {**ASKED, "selection_schedule": "once"},
+        {"stage": 2, "alignment_weight": 1.0},
+    ],
+    ids=str,
+)
 def test_pictures_do_not_disturb_training(model, processor, tmp_path, settings):
     """Noise on the targets and dropout draw random numbers in each step; all that is logged stays the same."""
     settings = {"alignment_noise": 0.1, "max_steps": 3, **settings}
