@@ -36,6 +36,7 @@ def write_page(audit: Audit, pictures: Sequence[str | None], path: str | Path) -
     environment = Environment(loader=PackageLoader("ilvr.evaluation", ""), autoescape=select_autoescape())
     page = environment.get_template("audit_page.html").render(
         audit=audit,
+        facts=audit.to_dict(),
         pairs=list(zip(audit.models, pictures)),
         bars=bars,
         words=WORDS,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.trainer.target_selection import TargetSelector
@@ -252,14 +253,16 @@ def audit(
 
 
 def load_checkpoint(path: str | Path, **kwargs: Any) -> tuple[ILVRForConditionalGeneration, ILVRProcessor]:
-    """An ILVR checkpoint, or an adapter that the trainer has saved, and its processor; on a GPU where there is one.
+    """An ILVR checkpoint and its processor, on a GPU where there is one; an adapter is merged into its backbone.
 
     Args:
         path (`str` or `Path`): folder or Hub id.
         kwargs: passed to `from_pretrained` of the model.
     """
     processor = ILVRProcessor.from_pretrained(path)
-    model = ILVRForConditionalGeneration.from_pretrained(path, **kwargs)
+    model: Any = ILVRForConditionalGeneration.from_pretrained(path, **kwargs)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
     if "device_map" not in kwargs and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model, processor

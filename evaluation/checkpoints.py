@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,18 @@ from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.hub_cards import ILVRModelCard, Result
 from ilvr.tasks import Task
 
+from .audit_results import ModelAudit
+from .auditing import summarize
+from .controls import LABELS, REPORTED, follow_donors, run_controls
 from .generation import generate_answers
 from .metrics import load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents
+from .probes import Rate
+from .questions import Questions
+from .records import OWN, Evaluator
+
+
+FOLLOWED = "the last span's donor followed"
 
 
 def evaluate_checkpoints(
@@ -26,9 +35,12 @@ def evaluate_checkpoints(
     forms: dict[str, str],
     reload_script: str | Path | None = None,
     batch_size: int = 64,
+    controls: int = 0,
     **generate_kwargs: Any,
 ) -> dict[str, dict[str, float]]:
     """Scores checkpoints on the same test questions; writes results, their table, cards, curves and a picture.
+
+    Those that are asked for a trace answer some questions under controls of their latents, too.
 
     Args:
         task ([`~ilvr.tasks.Task`]): asks and scores.
@@ -39,10 +51,11 @@ def evaluate_checkpoints(
         reload_script (`str` or `Path`, *optional*): called with checkpoint, data set and output, answers in a fresh
             process; none: no reload. `examples/generate_answers.py` is one.
         batch_size (`int`, *optional*, defaults to 64): questions answered at once.
+        controls (`int`, *optional*, defaults to 0): questions asked under each of the controls `REPORTED`.
         generate_kwargs: passed to `generate`.
 
     Returns:
-        `dict`: what the metric found, by checkpoint.
+        `dict`: what the metric found, by checkpoint; with `controls`, `controls.json` holds what came of them.
 
     Raises:
         RuntimeError: if the reloaded model answers otherwise.
@@ -55,15 +68,22 @@ def evaluate_checkpoints(
 
     processor = ILVRProcessor.from_pretrained(folder / next(reversed(cards)))
     tests = {form: task.dataset("test", form) for form in sorted({forms[name] for name in cards})}
-    results = {}
+    results, audits = {}, {}
     for name, card in cards.items():
         model, test = ILVRForConditionalGeneration.from_pretrained(folder / name), tests[forms[name]]
         options = {"batch_size": batch_size, "desc": f"Testing {name}", **generate_kwargs}
         answers = generate_answers(model, processor, test, **options)
         results[name] = score(test.remove_columns("images"), answers)
-        _fill(card, task, results[name]).save(folder / name)
+        if controls and forms[name] == "trace":
+            questions = Questions.of_task(task, samples=controls)
+            evaluator = Evaluator(model, processor, questions, batch_size=batch_size, **generate_kwargs)
+            audits[name] = _audit(evaluator, name)
+        _fill(card, task, results[name], audits.get(name)).save(folder / name)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
-    table = score_table(results)
+    if audits:
+        found = {name: audit.to_dict() for name, audit in audits.items()}
+        (folder / "controls.json").write_text(json.dumps(found, indent=2))
+    table = score_table(results, audits)
     (folder / "results.md").write_text(table)
     print(f"\n{table}")
 
@@ -83,19 +103,44 @@ def evaluate_checkpoints(
     return results
 
 
-def score_table(results: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with a row for each model and a column for each group of samples, or one for all."""
+def score_table(results: dict[str, dict[str, float]], audits: Mapping[str, ModelAudit] | None = None) -> str:
+    """A Markdown table with a row for each model.
+
+    Args:
+        results (`dict`): what the metric found, by model; a column for each group of samples, or one for all.
+        audits (`dict[str, ModelAudit]`, *optional*): by model, accuracy under controls; a column for each.
+    """
     scores = {name: scores_by_group(result) for name, result in results.items()}
     groups = [group for group in next(iter(scores.values())) if group] or [""]
     headings = ["model", *(group or next(iter(next(iter(results.values())))) for group in groups), "invalid"]
-    lines = [headings, ["---"] * len(headings)]
+    controlled = {name: dict(_controlled(audit)) for name, audit in (audits or {}).items()}
+    columns = list(next(iter(controlled.values()), {}))
+    lines = [headings + columns, ["---"] * len(headings + columns)]
     for name, found in scores.items():
-        lines.append([name, *(str(found[group]) for group in groups), f"{100 * results[name]['invalid']:.1f} %"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        own = [str(found[group]) for group in groups] + [f"{100 * results[name]['invalid']:.1f} %"]
+        lines.append([name, *own, *(str(controlled.get(name, {}).get(column, "")) for column in columns)])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    for audit in (audits or {}).values():
+        table += (
+            f"\n{audit.model}, {audit.accuracy.count} questions under controls: {' '.join(audit.verdict.reasons)}\n"
+        )
+    return table
 
 
-def _fill(card: ILVRModelCard, task: Task, result: dict[str, float]) -> ILVRModelCard:
-    """Writes the results into a card, one for each group of samples."""
+def _controlled(audit: ModelAudit) -> list[tuple[str, Rate]]:
+    """Labels and rates of a model's own answers, of the controls, and of donors that are followed."""
+    rows = [(LABELS[OWN], audit.accuracy)]
+    rows += [(LABELS[name], result.accuracy) for name, result in audit.controls.items()]
+    return rows + ([] if audit.donor_following is None else [(FOLLOWED, audit.donor_following.follows)])
+
+
+def _audit(evaluator: Evaluator, name: str) -> ModelAudit:
+    runs = run_controls(evaluator, REPORTED)
+    return summarize(evaluator.questions, name, runs, follow_donors(evaluator, runs[OWN]))
+
+
+def _fill(card: ILVRModelCard, task: Task, result: dict[str, float], audit: ModelAudit | None) -> ILVRModelCard:
+    """Writes the results into a card, one for each group of samples, and those under controls."""
     scores = scores_by_group(result)
     card.results = [
         Result(
@@ -107,6 +152,11 @@ def _fill(card: ILVRModelCard, task: Task, result: dict[str, float]) -> ILVRMode
         for group, score in scores.items()
         if group or len(scores) == 1
     ]
+    if audit is not None:
+        metric = scores[""].name
+        card.controls = [
+            Result(label, metric, rate.value, rate.count, rate.low, rate.high) for label, rate in _controlled(audit)
+        ]
     card.example_prompt = task.prompt
     return card
 

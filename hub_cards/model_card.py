@@ -87,6 +87,8 @@ class ILVRModelCard:
         dataset (`str`, *optional*): Hub id of the training data.
         training (`dict`, *optional*): settings, shown as a table.
         results (`list[Result]`, *optional*): measured numbers.
+        controls (`list[Result]`, *optional*): the same questions with something else in the place of the latents,
+            which `task` names; a table of its own, for on the Hub they would look like results of the model.
         example_prompt, example_image (`str`, *optional*): used in the code.
         is_adapter (`bool`, *optional*, defaults to `False`): whether the checkpoint is a PEFT adapter of the backbone.
     """
@@ -99,6 +101,7 @@ class ILVRModelCard:
     dataset: str | None = None
     training: dict[str, Any] | None = None
     results: list[Result] | None = None
+    controls: list[Result] | None = None
     example_prompt: str = "What happens next in this picture?"
     example_image: str = "picture.png"
     is_adapter: bool = False
@@ -124,6 +127,7 @@ class ILVRModelCard:
             base_model=self.base_model,
             training=self.training,
             results=self.results,
+            controls=self.controls,
             example_prompt=self.example_prompt,
             example_image=self.example_image,
             is_adapter=self.is_adapter,

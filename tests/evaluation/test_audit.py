@@ -6,11 +6,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from ilvr.evaluation import CONTROLS, Questions, audit
+from ilvr.evaluation import CONTROLS, Questions, audit, auditing
 from ilvr.evaluation.audit_page import write_page
 from ilvr.evaluation.audit_results import Audit, ControlResult, DonorFollowing, LatentContent, ModelAudit
 from ilvr.evaluation.auditing import compare, measure_content
+from ilvr.evaluation.checkpoints import score_table
 from ilvr.evaluation.probes import Rate
 from ilvr.evaluation.records import Record, Run
 from ilvr.evaluation.statistics import Difference
@@ -92,6 +94,21 @@ def test_reasons():
         said({"zeros": FALLS})
 
 
+def test_the_table_of_scores_has_the_controls():
+    result = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "invalid": 0.0, "count": 100}
+    following = DonorFollowing(Rate.of(9, 10), Rate.of(1, 10))
+    verdict = judge(Rate.of(1, 2), 0.0, {"another_sample": STAYS})
+    stage = ModelAudit("s", Rate.of(1, 2), 2.0, 0.0, {"another_sample": STAYS}, LatentContent(), following, verdict)
+    lines = score_table({"base": result, "s": result}, {"s": stage}).splitlines()
+    assert lines[0] == (
+        "| model | accuracy | invalid | own latents | another sample's | the last span's donor followed |"
+    )
+    assert lines[2] == "| base | 50.0 % (40.0 – 60.0) | 0.0 % |  |  |  |"
+    cells = " | ".join(str(rate) for rate in (Rate.of(1, 2), Rate.of(50, 100), Rate.of(9, 10)))
+    assert lines[3] == f"| s | 50.0 % (40.0 – 60.0) | 0.0 % | {cells} |"
+    assert lines[5].startswith("s, 2 questions under controls: The model answers 50.0 %")
+
+
 class References(HTMLParser):
     """What a page loads or links to, and its tags that were left open."""
 
@@ -163,3 +180,15 @@ def test_audit_of_plain_questions(checkpoints, tmp_path):
     assert model.donor_following is None and model.content.probe is None and model.verdict.word == "none"
     with pytest.raises(ValueError, match="Pass targets="):
         audit(checkpoints[:1], plain, output=tmp_path / "o", controls=["another_sample", "oracle"], max_new_tokens=4)
+
+
+def test_adapters_are_merged(model, processor, tmp_path, monkeypatch):
+    """The oracle and the pictures look into the model, where an adapter is in the way."""
+    processor.save_pretrained(tmp_path)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items() if "q_proj.base" in name}
+    monkeypatch.setattr(auditing.ILVRForConditionalGeneration, "from_pretrained", lambda *_, **__: adapted)
+    merged, _ = auditing.load_checkpoint(tmp_path)
+    assert type(merged).__name__ == "ILVRForConditionalGeneration" and merged.model.core is not None
+    weights = [weight for name, weight in merged.state_dict().items() if "q_proj.weight" in name]
+    assert weights and not any(torch.equal(weight, own) for weight, own in zip(weights, before.values()))

@@ -200,5 +200,15 @@ def test_controls_that_cannot_be_run(evaluator):
         run_controls(evaluator, ["oracle"])
 
 
+def test_other_targets_are_another_run(evaluator, tmp_path):
+    evaluator.folder = tmp_path
+    questions = evaluator.questions
+    features = helper_features(evaluator.model, evaluator.processor, questions.dataset)
+    targets = followed_targets(questions.task, questions.samples, features, latent_size=3)
+    run_controls(evaluator, ["oracle"], targets=targets)
+    with pytest.raises(ValueError, match="oracle.jsonl holds answers of another run: its targets is"):
+        run_controls(evaluator, ["oracle"], targets=[own + 1 for own in targets])
+
+
 def test_small_sets_are_controls():
     assert {*controls.SMALL, *controls.REPORTED} <= set(CONTROLS)

@@ -26,7 +26,7 @@ TINY = {
     **SMALL,
     "small_backbone": {"hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32, "vision_layers": 1},
     "task_settings": {**SMALL["task_settings"], "base_maps": {3: 4}, "maps": {3: 4}, "test_maps": {3: 3}},
-    "evaluation": {**SMALL["evaluation"], "batch_size": 3},
+    "evaluation": {**SMALL["evaluation"], "batch_size": 3, "controls": 2},
     "training": {**SMALL["training"], "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True},
     **{phase: {**SMALL[phase], "max_steps": steps} for phase, steps in (("base", 2), ("stage1", 1), ("stage2", 1))},
 }
@@ -51,7 +51,12 @@ def test_the_main_job(tmp_path, capfd):
     assert (run / "latents.png").stat().st_size > 10_000 and (run / "curves.png").stat().st_size > 10_000
     for phase in results:
         assert "| FrozenLake planning 3x3 | end_on_goal |" in (run / phase / "README.md").read_text()
-    assert "the same 3 answers" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "the same 3 answers" in shown and "| own latents | another sample's | mean latent |" in shown
+    controls = json.loads((run / "controls.json").read_text())
+    assert list(controls) == ["stage1", "stage2"] and controls["stage2"]["accuracy"]["count"] == 2
+    cards = {phase: (run / phase / "README.md").read_text() for phase in results}
+    assert {phase for phase, card in cards.items() if "| another sample's | end_on_goal |" in card} == set(controls)
 
 
 def test_the_main_job_in_two_processes(tmp_path):

@@ -39,6 +39,22 @@ def test_card_of_measured_results():
     assert matter["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.815
 
 
+def test_card_of_a_model_whose_latents_were_replaced():
+    """In a table of the text, and not among the results that the Hub reads."""
+    card = ILVRModelCard(
+        model_name="m",
+        latent_size=2,
+        results=[Result("Shifts", "accuracy", 0.9, 500, 0.88, 0.92)],
+        controls=[Result("own latents", "accuracy", 0.9, 300), Result("zeros", "accuracy", 0.1, 300, 0.05, 0.15)],
+    ).render()
+    assert (
+        "| own latents | accuracy | 90.0 % |  | 300 |\n| zeros | accuracy | 10.0 % | 5.0 – 15.0 % | 300 |" in card.text
+    )
+    assert "in the second table above" in card.text and "an open question" not in card.text
+    assert len(front_matter(str(card))["model-index"][0]["results"]) == 1
+    assert "an open question" in ILVRModelCard(model_name="m", latent_size=2).render().text
+
+
 def test_results_keep_their_names_on_the_hub():
     """huggingface_hub reads two results of one data set, config and split as one, under the name of the first."""
     results = [
