@@ -1,0 +1,115 @@
+"""Studies: files of arms, runs that are resumed, and the tables of their page."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from studies import page, run
+from studies.study import Study
+
+
+SHIFTS = yaml.safe_load(Path("studies/shifts.yaml").read_text())
+KEPT = ("base", "answer_only", "stage1", "stage2")
+TINY = {
+    **SHIFTS,
+    "name": "tiny",
+    "task_settings": {**SHIFTS["task_settings"], "lengths": [1, 2], "boards": 4, "base_boards": 4, "test_boards": 6},
+    "tests": {"trained": {"samples": 4}, "longer": {"test_lengths": [3, 3], "samples": 2}},
+    "controlled": 3,
+    "backbone": {**SHIFTS["backbone"], "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32},
+    "training": {**SHIFTS["training"], "per_device_train_batch_size": 2, "disable_tqdm": True, "logging_steps": 1},
+    "arms": {
+        name: {**SHIFTS["arms"][name], "settings": {**SHIFTS["arms"][name]["settings"], "max_steps": 1}}
+        for name in KEPT
+    },
+    "max_new_tokens": 12,
+}
+TINY["training"] |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    for module in (run, page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return load(tmp_path, TINY)
+
+
+def load(folder, content) -> Study:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return Study.load(path)
+
+
+def test_the_study_of_shifts_is_valid():
+    study = Study.load("studies/shifts.yaml")
+    assert list(study.arms)[:2] == ["base", "answer_only"] and study.settings_of("stage2", 3)["seed"] == 3
+    assert study.task_of(0, "longer").test_lengths == [12, 16] and study.task_of(0).test_lengths == [4, 10]
+
+
+def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypatch, capsys):
+    """An arm brings those that it continues; what is there is not trained again; the tables hold what was measured."""
+    run.run(study, "stage2", 1)
+    found = page.load(study)
+    assert {arm: list(runs) for arm, runs in found.items()} == {"base": [1], "stage1": [1], "stage2": [1]}
+    result = found["stage2"][1]["tests"]["trained"]
+    assert len(result["right"]) == 4 and set(result["right"]) <= {"0", "1"}
+    assert set(result["controls"]) >= {"own", "another_sample", "position_mean", "noise_1.0", "zeros"}
+    assert all(len(right) == 3 for control, right in result["controls"].items() if control != "donor")
+    assert found["stage1"][1]["log"][0]["step"] == 1 and "latent_cosine" in found["stage1"][1]["log"][0]
+    monkeypatch.setattr(run, "train", None)
+    (tmp_path / "results" / "tiny" / "stage2-1.json").unlink()
+    run.run(study, "stage2", 1)
+    assert page.load(study)["stage2"][1]["tests"] == found["stage2"][1]["tests"]
+    report = page.report(study, found)
+    assert f"| stage2 | {study.arms['stage2'].note} |" in report and "| 98 %" not in report
+
+
+def results(arm, seed, right, controls=None):
+    trained = {"right": right, "groups": ["4 shifts"] * len(right), "tokens": 1, "spans": 1}
+    longer = {"right": "1", "groups": ["12 shifts"], "tokens": 1, "spans": 1}
+    tests = {"trained": {**trained, **({"controls": controls} if controls else {})}, "longer": longer}
+    return {"arm": arm, "seed": seed, "commit": "abc", "seconds": 1, "tests": tests}
+
+
+def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
+    controls = {"own": "1" * 200, "another_sample": "0" * 200, "donor": "1" * 85 + "0" * 15}
+    found = {
+        "answer_only": {0: results("answer_only", 0, "1" * 20 + "0" * 80), 1: results("answer_only", 1, "0" * 100)},
+        "stage1": {0: results("stage1", 0, "1" * 98 + "00")},
+        "stage2": {0: results("stage2", 0, "1" * 99 + "0", controls)},
+    }
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in page.rules_table(found).splitlines()}
+    assert (
+        lines["accuracy at least 98 %"][:2] == ["99.0 %", "1"] and "yes, so far" in lines["accuracy at least 98 %"][2]
+    )
+    assert lines["50 points above answer-only"][0].startswith("+79.0 (")
+    assert "**no**" in lines["the donor of the last span is followed in 90 %"][2]
+    assert lines["stage 2 at least as good as stage 1"][0].startswith("+1.0")
+    assert lines["50 points above the deeper answer-only"][0] == "not run"
+    assert lines["another sample's latents cost 60 points"][0] == "+100.0 (+100.0 – +100.0)"
+
+
+def test_arms_come_after_those_that_they_continue(tmp_path):
+    arms = {name: TINY["arms"][name] for name in ("stage1", "base")}
+    with pytest.raises(ValueError, match="Arm stage1 continues 'base', which does not come before it"):
+        load(tmp_path, {**TINY, "arms": arms})
+    wrong = {**TINY["arms"]["base"], "settings": {"stage": 3}}
+    with pytest.raises(ValueError, match=r"Arm base \(with `training`\): `stage` must be 1"):
+        load(tmp_path, {**TINY, "arms": {"base": wrong}})
+
+
+def test_the_page_is_rewritten_between_its_marks(study, tmp_path, monkeypatch):
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    monkeypatch.setattr(page, "PAGES", {"tiny": document})
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "base-0.json").write_text(json.dumps(results("base", 0, "10")))
+    monkeypatch.setattr("sys.argv", ["page", str(tmp_path / "study.yaml")])
+    page.main()
+    text = document.read_text()
+    assert text.startswith("before\n<!-- results -->\nCommits abc.") and text.endswith("<!-- /results -->\nafter\n")
+    assert "| base |" in text and "**50.0**" in text
