@@ -73,6 +73,7 @@ def picture_of(evaluator: Evaluator, samples: int) -> str | None:
             *(evaluator.model, evaluator.processor, few, path),
             draw=None if task is None else task.draw,
             is_right=lambda sample, answer: questions.is_right([answer], [questions.references[sample["number"]]])[0],
+            max_spans=5,
             **evaluator.generate_kwargs,
         )
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -67,6 +67,7 @@ class LatentContent:
         retrieval_by_span (`list[Rate]`, *optional*): the same for each number of a span.
         patches (`int`, *optional*): mean number of patches of a helper image; by chance one in so many is right.
         probe (`Probe`, *optional*): reads that patch off the latents of a span.
+        ceiling (`Probe`, *optional*): the same probe on the features of these patches themselves.
     """
 
     norm: float | None = None
@@ -75,6 +76,7 @@ class LatentContent:
     retrieval_by_span: list[Rate] | None = None
     patches: float | None = None
     probe: Probe | None = None
+    ceiling: Probe | None = None
 
     @property
     def norm_ratio(self) -> float | None:

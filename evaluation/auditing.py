@@ -64,8 +64,8 @@ def measure_content(
         targets (`Sequence[torch.Tensor]`, *optional*): what its latents should hold, (S, K, D).
         patches (`Sequence[Sequence[int]]`, *optional*): the patch of each helper image that they should hold.
     """
-    features = targets if targets is not None else [picture for own in pictures for picture in own]
-    norms = mean_norm(latents), mean_norm(features)
+    seen = targets if targets is not None else [picture for own in pictures for picture in own]
+    norms = mean_norm(latents), mean_norm(seen)
     spans = [] if patches is None else _known_spans(latents, pictures, patches)
     if not spans:
         return LatentContent(*norms)
@@ -75,13 +75,16 @@ def measure_content(
         hits_of.setdefault(span.number, []).extend(hits)
     samples = torch.tensor([span.sample for span in spans])
     vectors = torch.stack([span.latents for span in spans]).flatten(1)  # (M, K * D)
+    features = torch.stack([span.picture[span.patch] for span in spans])  # (M, D)
     labels = torch.tensor([span.patch for span in spans])
+    several = len(samples.unique()) > 1
     return LatentContent(
         *norms,
         retrieval_at_1=_rate([hit for hits in found for hit in hits]),
         retrieval_by_span=[_rate(hits_of[number]) for number in sorted(hits_of)],
         patches=sum(len(span.picture) for span in spans) / len(spans),
-        probe=linear_probe(vectors, labels, samples) if len(samples.unique()) > 1 else None,
+        probe=linear_probe(vectors, labels, samples) if several else None,
+        ceiling=linear_probe(features, labels, samples) if several else None,
     )
 
 

@@ -79,7 +79,7 @@ def linear_probe(
     usual = train_labels.bincount().argmax()
     return Probe(
         Rate.of(int((predicted == held_out).sum()), len(held_out)),
-        float((held_out == usual).float().mean()),
+        int((held_out == usual).sum()) / len(held_out),
         len(train_labels.unique()),
         len(train_labels),
     )

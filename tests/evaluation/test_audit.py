@@ -47,9 +47,18 @@ def test_what_latents_hold():
     assert found.retrieval_by_span == [Rate.of(1, 2), Rate.of(1, 1)]
     assert found.feature_norm == 2 and found.norm == pytest.approx((26**0.5 + 5 + 5 + 3**0.5) / 4)
     assert found.norm_ratio == found.norm / 2 and found.probe.trained_on + found.probe.accuracy.count == 3
+    assert found.ceiling.trained_on == found.probe.trained_on
     targets = [torch.full((1, 1, 3), 3.0)]
     assert measure_content(latents, [[picture], []], targets).feature_norm == pytest.approx(27**0.5)
     assert measure_content([torch.zeros(0, 1, 3)], [[]]) == LatentContent()
+
+
+def test_the_ceiling_of_the_probe():
+    """Latents that are all alike hold nothing; the patches themselves say which they are."""
+    picture = torch.eye(4)
+    patches = [[i % 4] for i in range(40)]
+    found = measure_content([torch.ones(1, 2, 4)] * 40, [[picture]] * 40, patches=patches)
+    assert found.ceiling.accuracy.value == 1 and found.probe.accuracy.value == found.probe.baseline < 0.5
 
 
 def control(value, low, high, p, accuracy=0.5):
@@ -87,7 +96,7 @@ def test_reasons():
     assert "something has to stand there" not in said({"another_sample": FALLS, "zeros": FALLS})
     assert "does not yet predict" in said({"another_sample": STAYS, "oracle": control(-0.3, -0.4, -0.2, 1e-4)})
     assert "Without spans it answers 50.0 %" in said({"another_sample": STAYS, "no_spans": FALLS})
-    for follows, stays, words in ((90, 5, "follow what"), (5, 90, "do not hang on"), (40, 45, "neither outweighs")):
+    for follows, stays, words in ((90, 5, "follow what"), (5, 90, "do not hang on"), (55, 45, "neither outweighs")):
         donors = DonorFollowing(Rate.of(follows, 100), Rate.of(stays, 100))
         assert words in said({"another_sample": STAYS}, donors)
     with pytest.raises(ValueError, match="needs the control 'another_sample'"):

@@ -185,6 +185,15 @@ def test_donor_following(evaluator, monkeypatch):
     assert all(follow_donors(evaluator, own).follows.values())
 
 
+def test_donors_lead_to_another_answer(evaluator):
+    own = evaluator.run(keep_latents=True)
+    questions = evaluator.questions
+    for sample in questions.samples:
+        sample["answer"] = "x y"
+    questions.references = ["x y"] * len(questions)
+    assert follow_donors(evaluator, own) is None
+
+
 def test_no_donors(evaluator, monkeypatch):
     own = evaluator.run(keep_latents=True)
     monkeypatch.setattr(evaluator.questions, "task", load_task("frozen_lake", maps={3: 1}, test_maps={3: 1}))
