@@ -59,6 +59,34 @@ def test_the_main_job(tmp_path, capfd):
     assert {phase for phase, card in cards.items() if "| another sample's | end_on_goal |" in card} == set(controls)
 
 
+def test_the_recipe_of_make_train(tmp_path, capfd):
+    """With its control in words, targets by the answer's gradient, and the controls of its latents in the table."""
+    shifts = yaml.safe_load((RECIPES / "shifts_small.yaml").read_text())
+    training = {**shifts["training"], "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True}
+    training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+    phases = ("base", "answer_only", "text", "stage1", "stage2")
+    settings = {"boards": 4, "base_boards": 4, "test_boards": 6, "lengths": [1, 2], "number_from": [1, 1]}
+    tiny = {
+        **{**shifts, "training": training, "output_dir": str(tmp_path / "run")},
+        "small_backbone": {**shifts["small_backbone"], "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32},
+        "task_settings": {**shifts["task_settings"], **settings},
+        "evaluation": {**shifts["evaluation"], "batch_size": 3, "controls": 3},
+        **{phase: {**shifts[phase], "max_steps": 2, "lr_scheduler_kwargs": {}} for phase in phases},
+    }
+    recipe_file = tmp_path / "tiny.yaml"
+    recipe_file.write_text(yaml.safe_dump(tiny))
+    train_ilvr.main(parse(recipe_file))
+    run = tmp_path / "run"
+    assert list(json.loads((run / "results.json").read_text())) == list(phases)
+    heading, _, *lines = (run / "results.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[:5]] == [f"| {phase}" for phase in phases]
+    assert "another sample's" in heading and "zeros" in heading
+    config = json.loads((run / "stage1" / "config.json").read_text())
+    base = json.loads((run / "base" / "config.json").read_text())
+    assert config["latent_head"] == "rescale" and config["latent_norm"] != base["latent_norm"]  # measured by stage 1
+    assert "the same 6 answers" in capfd.readouterr().out
+
+
 def test_the_main_job_in_two_processes(tmp_path):
     """The script itself: each phase reads what process 0 wrote of the one before; one process evaluates and prints."""
     training = {**TINY["training"], "per_device_train_batch_size": 1, "ddp_backend": "gloo"}
