@@ -18,7 +18,7 @@ $(BIN)/.installed: setup.py pyproject.toml constraints.txt $(ROOMS)
 		--config-settings editable_mode=strict -e '.[dev]'
 	touch $@
 
-train: $(BIN)/.installed  ## Train, evaluate, save and reload the small FrozenLake model (20 minutes on 2 cores)
+train: $(BIN)/.installed  ## Train, evaluate, save and reload the small model of shifts (on 2 cores)
 	$(BIN)/python examples/train_ilvr.py --config $(RECIPE)
 
 test: $(BIN)/.installed  ## Run the tests, offline

@@ -25,6 +25,7 @@ from .records import OWN, Evaluator
 
 
 FOLLOWED = "the last span's donor followed"
+PICTURED = 4  # samples in the picture of latents, at most
 
 
 def evaluate_checkpoints(
@@ -88,7 +89,7 @@ def evaluate_checkpoints(
     print(f"\n{table}")
 
     draw_curves({name: folder / name / "trainer_state.json" for name in cards}, folder / "curves.png")
-    few = test.select(_first_of_each(task, test, 2))
+    few = test.select(_first_of_each(task, test, 2)[:PICTURED])
     draw_latents(
         *(model, processor, few, folder / "latents.png"),
         draw=task.draw,
