@@ -262,8 +262,8 @@ def load_checkpoint(path: str | Path, **kwargs: Any) -> tuple[ILVRForConditional
         path (`str` or `Path`): folder or Hub id.
         kwargs: passed to `from_pretrained` of the model.
     """
+    model: Any = ILVRForConditionalGeneration.from_pretrained(path, **kwargs)  # first: it knows a plain backbone
     processor = ILVRProcessor.from_pretrained(path)
-    model: Any = ILVRForConditionalGeneration.from_pretrained(path, **kwargs)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if "device_map" not in kwargs and torch.accelerator.is_available():
