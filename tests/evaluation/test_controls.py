@@ -6,7 +6,7 @@ import torch
 from ilvr.evaluation import CONTROLS, Evaluator, Questions, controls, follow_donors, run_controls
 from ilvr.evaluation.controls import ControlInputs, replace_by
 from ilvr.evaluation.helper_features import followed_targets, helper_features, selected_targets
-from ilvr.tasks import load_task
+from ilvr.tasks import Task, load_task
 from ilvr.trainer import ILVRTrainingConfig
 from ilvr.trainer.target_selection import TargetSelector
 
@@ -140,9 +140,13 @@ def test_latents_of_followed_patches(evaluator):
     alone = model.get_image_features(**inputs, return_dict=True).pooler_output[0]
     assert torch.allclose(targets[3][1], alone[patches[1]].expand(3, -1), atol=1e-5)
     assert [len(own) for own in targets] == [len(questions.task.followed_patches(s)) for s in questions.samples]
-    lake = load_task("frozen_lake", maps={3: 1}, test_maps={3: 1})
-    with pytest.raises(ValueError, match="FrozenLake planning does not say which patches"):
-        followed_targets(lake, questions.samples, features, 3)
+
+    class Unknown(type(questions.task)):
+        title = "A task"
+        followed_patches = Task.followed_patches
+
+    with pytest.raises(ValueError, match="A task does not say which patches"):
+        followed_targets(Unknown(boards=1, test_boards=1), questions.samples, features, 3)
     with pytest.raises(ValueError, match="sample 0 of Shifts has . patches and 0 helper images"):
         followed_targets(questions.task, questions.samples, [[]] * 5, 3)
 

@@ -70,7 +70,7 @@ def test_sizes_and_intervals(metric):
 
 
 def test_unknown_metric():
-    known = "\\['boxed_exact_match', 'frozen_lake', 'multiple_choice'\\]"
+    known = "\\['boxed_exact_match', 'frozen_lake', 'glyphs', 'multiple_choice'\\]"
     with pytest.raises(ValueError, match=f"no metric 'chess'; choose one of {known}"):
         load_metric("chess")
 
