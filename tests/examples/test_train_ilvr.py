@@ -67,7 +67,9 @@ def test_the_recipe_of_make_train(tmp_path, capfd):
     phases = ("base", "answer_only", "text", "stage1", "stage2")
     settings = {"boards": 4, "base_boards": 4, "test_boards": 6, "lengths": [1, 2], "number_from": [1, 1]}
     tiny = {
-        **{**shifts, "training": training, "output_dir": str(tmp_path / "run")},
+        **shifts,
+        "training": training,
+        "output_dir": str(tmp_path / "run"),
         "small_backbone": {**shifts["small_backbone"], "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32},
         "task_settings": {**shifts["task_settings"], **settings},
         "evaluation": {**shifts["evaluation"], "batch_size": 3, "controls": 3},
