@@ -22,7 +22,7 @@ train: $(BIN)/.installed  ## Train, evaluate, save and reload the small model of
 	$(BIN)/python examples/train_ilvr.py --config $(RECIPE)
 
 test: $(BIN)/.installed  ## Run the tests, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (14 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.run

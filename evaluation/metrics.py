@@ -18,11 +18,17 @@ METRICS = {**_GENERAL, **_OF_TASKS}
 def load_metric(name: str) -> evaluate.Metric:
     """Loads one of this package's `evaluate` metrics, such as `"frozen_lake"`; works offline.
 
+    Args:
+        name (`str`): of a metric here, or the path of a metric's own `.py` file, which is run: that of one's own task.
+
     Raises:
-        ValueError: if there is no metric of this name.
+        ValueError: if there is no such metric.
     """
+    own = Path(name) if name.endswith(".py") else None
+    if own is not None and own.is_file():
+        return cast(evaluate.Metric, evaluate.load(str(own)))
     if name not in METRICS:
-        raise ValueError(f"There is no metric {name!r}; choose one of {sorted(METRICS)}.")
+        raise ValueError(f"There is no metric {name!r}; choose one of {sorted(METRICS)}, or the path of a .py file.")
     return cast(evaluate.Metric, evaluate.load(str(METRICS[name])))
 
 

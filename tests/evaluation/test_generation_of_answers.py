@@ -22,6 +22,7 @@ from ilvr.evaluation import (
     score_table,
     scores_by_group,
 )
+from ilvr.evaluation.metrics import METRICS
 from ilvr.tasks import load_task
 from ilvr.tasks.frozen_lake import frozen_lake_dataset
 
@@ -67,6 +68,15 @@ def test_sizes_and_intervals(metric):
     for bound in (result["end_on_goal_low_3x3"], result["end_on_goal_high_3x3"]):
         assert abs(0.75 - bound) == pytest.approx(z * (bound * (1 - bound) / 4) ** 0.5, rel=1e-4)
     assert result["end_on_goal_high_2x2"] == pytest.approx(1.0)
+
+
+def test_a_metric_of_ones_own_is_a_file(tmp_path):
+    own = tmp_path / "own.py"
+    lenient = METRICS["boxed_exact_match"].read_text().replace("box.split() == reference.split()", "True")
+    own.write_text(lenient)
+    assert load_metric(str(own)).compute(predictions=["\\boxed{a}"], references=["b"])["accuracy"] == 1
+    with pytest.raises(ValueError, match="no metric .*none.py"):
+        load_metric(str(tmp_path / "none.py"))
 
 
 def test_unknown_metric():
