@@ -10,6 +10,7 @@ from .pictures import draw_curves, draw_latents, patch_similarity
 from .question_files import load_questions
 from .questions import Questions
 from .records import Evaluator, Record, Run
+from .swap_gap import SwapGapCallback
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Record",
     "Run",
     "Score",
+    "SwapGapCallback",
     "Verdict",
     "answer_batch",
     "answer_with_latents",

@@ -153,8 +153,9 @@ class Evaluator:
         Raises:
             ValueError: if there is a file of this name by another run.
         """
-        header = {**self.header, "control": name, **(settings or {})}
-        file = None if self.folder is None else RecordFile(self.folder / f"{name}.jsonl", header)
+        file = None
+        if self.folder is not None:
+            file = RecordFile(self.folder / f"{name}.jsonl", {**self.header, "control": name, **(settings or {})})
         batches = list(self._batches())
         records = [] if file is None else file.resume(batches, with_latents=keep_latents)
         latents = file.latents(batches, len(records)) if file is not None and keep_latents else []

@@ -4,7 +4,6 @@ from .ilvr_trainer import ILVRTrainer
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentDataCollator
 from .watching.selection_drawing import SelectionDrawingCallback
-from .watching.swap_gap import SwapGapCallback
 
 
 __all__ = [
@@ -12,5 +11,4 @@ __all__ = [
     "ILVRTrainingConfig",
     "LatentDataCollator",
     "SelectionDrawingCallback",
-    "SwapGapCallback",
 ]

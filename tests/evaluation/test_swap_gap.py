@@ -7,42 +7,24 @@ import torch
 from helpers import SAMPLES, make_dataset, make_trainer
 from transformers import EarlyStoppingCallback, LogitsProcessorList
 
-from ilvr.trainer import SwapGapCallback
-from ilvr.trainer.watching.swap_gap import is_boxed, latents_of_the_row_before
+from ilvr.evaluation import Questions, SwapGapCallback
 
 
 ASKED = make_dataset([{**sample, "answer": f"answer {i}"} for i, sample in enumerate(SAMPLES[:5])])
 GAP = ("eval_accuracy", "eval_swapped_accuracy", "eval_swap_gap", "eval_emission_rate")
 
 
-def test_a_row_is_fed_the_latents_of_the_row_before():
-    """Rows with 2, 1 and 0 spans of two latents: row 0 keeps its own, row 2 has row 1's first span."""
-    latents = [torch.arange(4.0).view(2, 2, 1), 10 + torch.arange(2.0).view(1, 2, 1), torch.zeros(0, 2, 1)]
-    intervene = latents_of_the_row_before(latents)
-    own = torch.full((3, 1), 99.0)
-    first = intervene(own, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 1]))
-    assert first.flatten().tolist() == [99, 1, 11]
-    second = intervene(own, torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0]))
-    assert second.flatten().tolist() == [99, 2, 99]
-    later = intervene(own, torch.tensor([7, -1, 2]), torch.tensor([0, -1, 0]))  # no such span, none, none
-    assert later.flatten().tolist() == [99, 99, 99]
-
-
-def test_is_boxed():
-    assert (
-        is_boxed(r"so \boxed{a} \boxed{b  x}", "b x") and not is_boxed(r"\boxed{b}", "b x") and not is_boxed("b", "b")
-    )
-
-
-def test_gap_is_logged_at_evaluations_and_training_is_as_without(model, processor, tmp_path):
+def test_gap_is_logged_at_evaluations_and_training_is_as_without(model, processor, tmp_path, monkeypatch):
     settings = {"stage": 2, "max_steps": 4, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
     other, logs, seen = copy.deepcopy(model), [], []
+    questions = Questions.of_dataset(ASKED)
+    monkeypatch.setattr(
+        Questions, "is_right", lambda self, answers, references: seen.append(references[0]) or [len(seen) % 2 == 0]
+    )
     for trained, with_gap in ((model, True), (other, False)):
         trainer = make_trainer(trained, processor, tmp_path, **settings, do_eval=True, eval_dataset=ASKED)
         if with_gap:
-            gap = SwapGapCallback(trainer, ASKED, batch_size=3, max_new_tokens=12)
-            gap.is_right = lambda answer, reference: seen.append((answer, reference)) or len(seen) % 2 == 0
-            trainer.add_callback(gap)
+            trainer.add_callback(SwapGapCallback(trainer, questions, batch_size=3, max_new_tokens=12))
         trainer.train()
         logs.append(trainer.state.log_history)
     for (name, a), b in zip(model.named_parameters(), other.parameters()):
@@ -51,7 +33,7 @@ def test_gap_is_logged_at_evaluations_and_training_is_as_without(model, processo
     assert [line["step"] for line in found] == [2, 4] and {*GAP} <= found[0].keys()
     for line in found:
         assert line["eval_swap_gap"] == pytest.approx(line["eval_accuracy"] - line["eval_swapped_accuracy"])
-    assert {reference for _, reference in seen} == {f"answer {i}" for i in range(5)}
+    assert seen == [f"answer {i}" for i in range(5)] * 4  # own and swapped, twice
     plain = [line for line in logs[0] if not line.keys() & {*GAP}]
     times = {"step_time", "tokens_per_second", "epoch", "eval_runtime", "train_runtime"}
     for a, b in zip(plain, logs[1], strict=True):
@@ -89,32 +71,34 @@ def test_a_run_stops_when_the_gap_closes_and_keeps_the_best(model, processor, tm
         assert parameter.equal(weights[1][name]), name
 
 
-def test_swapped_answers_come_of_swapped_latents(model, processor, tmp_path):
-    """The latents fed in the second pass are those that the row before had in the first."""
-    trainer = make_trainer(model, processor, tmp_path, stage=2)
+def test_swapped_answers_come_of_swapped_latents(model, processor, tmp_path, monkeypatch):
+    """What is fed in the second pass is what the sample before had in the first; the first sample gets the last's."""
+    trainer, generate, latents = make_trainer(model, processor, tmp_path, stage=2), model.generate, []
     start_id = model.config.latent_start_token_id
 
     def open_a_span(ids, scores):
         scores[(ids != start_id).all(1), start_id] = 1e4
         return scores
 
-    gap = SwapGapCallback(trainer, ASKED, max_new_tokens=12, logits_processor=LogitsProcessorList([open_a_span]))
-    model.eval()
-    rows = [ASKED[i] for i in range(3)]
-    answers, latents = gap._answers(rows)
-    assert all(map(len, latents))
-    swapped, fed = gap._answers(rows, latent_intervention=latents_of_the_row_before(latents))
-    for row in range(3):
-        torch.testing.assert_close(fed[row][0], latents[row - 1][0])
-    assert gap.measure()["eval_emission_rate"] == 1.0
+    def opening(**kwargs):
+        output = generate(**{**kwargs, "output_latents": True}, logits_processor=LogitsProcessorList([open_a_span]))
+        latents.extend(row[0].clone() for row in output.latents)
+        return output
+
+    monkeypatch.setattr(model, "generate", opening)
+    found = SwapGapCallback(trainer, ASKED, batch_size=2, max_new_tokens=12).measure()
+    assert found["eval_emission_rate"] == 1.0
+    own, fed = latents[:5], latents[5:]
+    for sample in range(5):
+        torch.testing.assert_close(fed[sample], own[sample - 1])
 
 
 def test_what_cannot_be_measured_is_refused(model, processor, tmp_path, monkeypatch):
     trainer = make_trainer(model, processor, tmp_path, stage=2)
-    with pytest.raises(ValueError, match=r"got 5 samples without \['answer'\]"):
+    with pytest.raises(ValueError, match="answer: sample 0 of questions has none"):
         SwapGapCallback(trainer, ASKED.remove_columns("answer"))
-    with pytest.raises(ValueError, match="got 1 samples"):
+    with pytest.raises(ValueError, match="got 1 and num_samples=64"):
         SwapGapCallback(trainer, ASKED.select([0]))
-    monkeypatch.setattr("ilvr.trainer.watching.swap_gap.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("ilvr.evaluation.swap_gap.is_sharded", lambda accelerator: True)
     with pytest.raises(ValueError, match="lets the model generate"):
         SwapGapCallback(trainer, ASKED)
