@@ -64,13 +64,13 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
         source = folder / "backbone"
         torch.manual_seed(seed)
         build_small_qwen(source, task.texts(), **{**study.backbone, **arm.backbone})
-        model = ILVRForConditionalGeneration.from_backbone(source, attn_implementation="eager", **arm.model)
+        model = ILVRForConditionalGeneration.from_backbone(source, **arm.model)
         # The patch projection stays random: boards need no better one, and its gradient is dear on a CPU.
         model.vlm.model.visual.patch_embed.requires_grad_(False)
         processor = ILVRProcessor.from_backbone(source, latent_size=model.config.latent_size)
     else:
         source = run(study, arm.after, seed)
-        model = ILVRForConditionalGeneration.from_pretrained(source, attn_implementation="eager", **arm.model)
+        model = ILVRForConditionalGeneration.from_pretrained(source, **arm.model)
         processor = ILVRProcessor.from_pretrained(source, latent_size=model.config.latent_size)
     print(f"\n=== {name}, seed {seed} ===", flush=True)
     trainer = ILVRTrainer(
@@ -90,7 +90,7 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
 def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """What an arm's checkpoint answers in each test, with its own latents and under its controls."""
     arm = study.arms[name]
-    model = ILVRForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    model = ILVRForConditionalGeneration.from_pretrained(folder).eval()
     processor = ILVRProcessor.from_pretrained(folder)
     settings = {"batch_size": study.batch_size, "max_new_tokens": study.max_new_tokens}
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]

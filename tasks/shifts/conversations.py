@@ -3,6 +3,7 @@
 The words of a trace number and name each shift and never say what it leads to: that is left to the latents.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from ilvr.data.conversations import ConversationBuilder
@@ -16,15 +17,15 @@ from .rendering import render_shift_board
 
 Steps = list[tuple[str, ShiftBoard]]  # shifts with the board after each
 
-QUESTION = "Where does the player end? Shifts: {}. "
+QUESTION = "Where is the player after {}? Shifts: {}. "
 WHERE, DESCRIBE = "Where is the player?", "Describe the board."
 BASE_SHIFTS = (1, 1, 2, 2)  # what a small backbone is asked to do at once
 
 
-def question_of(shifts: list[str], form: str, first_number: int = 1) -> str:
-    """What is asked: the shifts numbered, for they repeat and are copied one after the other."""
-    numbered = " ".join(f"{number} {shift}" for number, shift in enumerate(shifts, start=first_number))
-    return QUESTION.format(numbered) + INSTRUCTIONS[form]
+def question_of(shifts: list[str], form: str, first_number: int = 1, unasked: Iterable[str] = ()) -> str:
+    """What is asked: the shifts numbered, for they repeat and are copied one after the other; `unasked` ones follow."""
+    numbered = " ".join(f"{number} {shift}" for number, shift in enumerate([*shifts, *unasked], start=first_number))
+    return QUESTION.format(first_number + len(shifts) - 1, numbered) + INSTRUCTIONS[form]
 
 
 def vocabulary(size: int, max_number: int) -> list[str]:
@@ -39,7 +40,13 @@ def vocabulary(size: int, max_number: int) -> list[str]:
 
 
 def conversation(
-    board: ShiftBoard, steps: Steps, form: str, *, first_number: int = 1, latent_size: int = 1
+    board: ShiftBoard,
+    steps: Steps,
+    form: str,
+    *,
+    first_number: int = 1,
+    unasked: Sequence[str] = (),
+    latent_size: int = 1,
 ) -> dict[str, Any]:
     """One question about one board.
 
@@ -48,6 +55,7 @@ def conversation(
         steps (`list[tuple]`): the shifts with the board after each, see [`~board.sample_shifts`].
         form (`str`): one of `ilvr.tasks.forms.FORMS`; the state in words is the player's cell.
         first_number (`int`, *optional*, defaults to 1): of the first shift.
+        unasked (`Sequence[str]`, *optional*): shifts that the question lists behind those that it asks for.
         latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
 
     Returns:
@@ -57,7 +65,7 @@ def conversation(
     shifts = [shift for shift, _ in steps]
     builder.add_turn("user", "question")
     builder.add_image(render_shift_board(board), "board")
-    builder.add_text(question_of(shifts, form, first_number), "question")
+    builder.add_text(question_of(shifts, form, first_number, unasked), "question")
     builder.add_turn("assistant", form)
     for number, (shift, after) in enumerate(steps, start=first_number):
         add_step(

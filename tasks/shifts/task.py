@@ -34,6 +34,10 @@ class Shifts(Task):
         size (`int`, *optional*, defaults to 3): of a board, 2 to 5.
         lengths (`tuple[int, int]`, *optional*, defaults to `(4, 10)`): fewest and most shifts of a training sample.
         test_lengths (`tuple[int, int]`, *optional*, defaults to `lengths`): and of a test.
+        listed (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+            Fewest and most shifts that the question of a training sample lists: those that it asks for, which are
+            never left out, and others behind them. A model finds the shifts of long lists if it has seen such lists.
+        test_listed (`tuple[int, int]`, *optional*, defaults to `listed`): and of a test.
         number_from (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
             Least and greatest number of the first shift of a training sample; the others count on from it. Tests that
             are longer than the training samples have numbers that were trained if this reaches far enough: with
@@ -53,6 +57,8 @@ class Shifts(Task):
     size: int = 3
     lengths: Range = (4, 10)
     test_lengths: Range | None = None
+    listed: Range = (1, 1)
+    test_listed: Range | None = None
     number_from: Range = (1, 1)
     test_number_from: Range = (1, 1)
     touch: float = 0.6
@@ -66,11 +72,12 @@ class Shifts(Task):
 
     def __post_init__(self) -> None:
         self.test_lengths = self.test_lengths or self.lengths
+        self.test_listed = self.test_listed or self.listed
         if not 2 <= self.size <= 5 or not 0 <= self.touch <= 1:
             raise ValueError(
                 f"Boards of shifts have size 2 to 5, and touch is a share, got size {self.size}, touch {self.touch}."
             )
-        for name in ("lengths", "test_lengths", "number_from", "test_number_from"):
+        for name in ("lengths", "test_lengths", "listed", "test_listed", "number_from", "test_number_from"):
             values = getattr(self, name)
             if len(values) != 2 or not 1 <= values[0] <= values[1]:
                 raise ValueError(f"{name} must be a least and a greatest number, from 1 on, got {values}.")
@@ -82,15 +89,15 @@ class Shifts(Task):
                 f"has learned. Raise number_from, now {tuple(self.number_from)}, by {tested - trained}."
             )
 
-    def _ranges(self, split: str) -> tuple[Range, Range]:
-        """The lengths and first numbers of a split."""
+    def _ranges(self, split: str) -> tuple[Range, Range, Range]:
+        """The lengths of a split, how many shifts its questions list, and its first numbers."""
         if split == "train":
-            return self.lengths, self.number_from
-        return self.test_lengths or self.lengths, self.test_number_from
+            return self.lengths, self.listed, self.number_from
+        return self.test_lengths or self.lengths, self.test_listed or self.listed, self.test_number_from
 
     def _greatest_number(self, split: str) -> int:
-        lengths, first_numbers = self._ranges(split)
-        return first_numbers[1] + lengths[1] - 1
+        lengths, listed, first_numbers = self._ranges(split)
+        return first_numbers[1] + max(lengths[1], listed[1]) - 1
 
     def dataset(self, split: str, form: str = "trace") -> Dataset:
         """The samples of a split in one form; see [`~ilvr.tasks.Task.dataset`].
@@ -128,7 +135,7 @@ class Shifts(Task):
 
 def _rows(task: Shifts, split: str, form: str) -> Iterator[dict[str, Any]]:
     is_base = form == "base"
-    lengths, first_numbers = task._ranges(split)
+    lengths, listed, first_numbers = task._ranges(split)
     number = task.test_boards if split == "test" else task.base_boards if is_base else task.boards
     for i in range(number):
         # The forms ask the same questions: what is drawn depends on the split alone.
@@ -138,6 +145,11 @@ def _rows(task: Shifts, split: str, form: str) -> Iterator[dict[str, Any]]:
             asked = [sample_shifts(rng, board, n, task.touch) for n in BASE_SHIFTS]
             yield base_conversation(board, [(steps, rng.randint(*first_numbers)) for steps in asked])
         else:
-            steps = sample_shifts(rng, board, rng.randint(*lengths), task.touch)
-            first = rng.randint(*first_numbers)
-            yield conversation(board, steps, form, first_number=first, latent_size=task.latent_size)
+            asked = rng.randint(*lengths)
+            steps = sample_shifts(rng, board, max(asked, rng.randint(*listed)), task.touch)
+            yield conversation(
+                *(board, steps[:asked], form),
+                first_number=rng.randint(*first_numbers),
+                unasked=[shift for shift, _ in steps[asked:]],
+                latent_size=task.latent_size,
+            )

@@ -104,9 +104,8 @@ def test_forms_say_the_same_in_their_own_way(latent_size):
             image = open_image(trace["images"][number], "board")
             assert np.array_equal(image, render_shift_board(board))
         numbered = [f"{number} {shift}" for number, shift in enumerate(metadata["shifts"], start=1)]
-        assert (
-            words_of(trace, "user") == f"Where does the player end? Shifts: {' '.join(numbered)}. Think step by step."
-        )
+        asked = f"Where is the player after {len(numbered)}? Shifts: {' '.join(numbered)}. Think step by step."
+        assert words_of(trace, "user") == asked
         # Number and shift before each helper image, and nothing of where it leads.
         end = f" \\boxed{{{cells[-1]}}}"
         assert words_of(trace, "assistant") == "".join(f" {step}" for step in numbered) + end
@@ -121,6 +120,23 @@ def test_forms_say_the_same_in_their_own_way(latent_size):
         assert np.array_equal(task.draw(trace, "")[-1][1], render_shift_board(board))
         assert task.group(trace) == f"{len(numbered)} shifts"
     assert {len(json.loads(m)["shifts"]) for m in forms["trace"]["metadata"]} <= set(range(2, 17))
+
+
+def test_a_question_lists_shifts_that_it_does_not_ask_for():
+    task = load_task("shifts", boards=60, test_boards=3, lengths=[3, 4], listed=[1, 6], number_from=[2, 5])
+    more = set()
+    for row in task.dataset("train"):
+        metadata = json.loads(row["metadata"])
+        numbered = [f"{n} {s}" for n, s in enumerate(metadata["shifts"], start=metadata["first_number"])]
+        last = numbered[-1].split()[0]
+        question = words_of(row, "user")
+        listed = question.removeprefix(f"Where is the player after {last}? Shifts: ").split(".")[0].split()
+        assert " ".join(listed).startswith(" ".join(numbered))
+        assert listed[::3] == [str(n) for n in range(metadata["first_number"], metadata["first_number"] + len(listed) // 3)]
+        assert words_of(row, "assistant").split(" \\boxed")[0].split() == " ".join(numbered).split()
+        more.add(len(listed) // 3 - len(numbered))
+    assert more == {0, 1, 2, 3}
+    assert " 10" in "".join(task.texts())  # the last number listed
 
 
 def test_the_followed_patch_is_where_the_player_is_drawn():
