@@ -59,7 +59,7 @@ def run(study: Study, name: str, seed: int) -> Path:
 
 def train(study: Study, name: str, seed: int, folder: Path) -> None:
     """Trains an arm and saves its checkpoint."""
-    arm, task = study.arms[name], study.task_of(seed)
+    arm, task = study.arms[name], study.task_of(name, seed)
     if arm.after is None:
         source = folder / "backbone"
         torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     }
     form = "answer" if arm.form == "base" else arm.form
     for test, own in study.tests.items():
-        task = study.task_of(seed, test)
+        task = study.task_of(name, seed, test)
         questions = Questions.of_task(task, form=form, samples=own["samples"])
         result = run_questions(model, processor, questions, settings)
         result |= {"groups": [task.group(sample) for sample in questions.samples]}

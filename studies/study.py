@@ -19,6 +19,7 @@ class Arm:
         settings (`dict`): of [`ILVRTrainingConfig`], on top of the study's.
         after (`str`, *optional*): the arm whose checkpoint is trained further; a new backbone by default.
         backbone (`dict`, *optional*): sizes of a new backbone, on top of the study's.
+        task (`dict`, *optional*): settings of the task, on top of the study's.
         model (`dict`, *optional*): settings of the model that training starts with, such as `latent_head`.
         controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
         note (`str`, *optional*): what it is, for the table.
@@ -28,6 +29,7 @@ class Arm:
     settings: dict[str, Any]
     after: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
     note: str = ""
@@ -83,7 +85,7 @@ class Study:
         """The training settings of an arm."""
         return {"seed": seed, **self.training, **self.arms[arm].settings}
 
-    def task_of(self, seed: int, test: str | None = None) -> Task:
-        """The task under a seed, with the settings of a test."""
+    def task_of(self, arm: str, seed: int, test: str | None = None) -> Task:
+        """The task of an arm under a seed, with the settings of a test."""
         own = {} if test is None else {k: v for k, v in self.tests[test].items() if k != "samples"}
-        return load_task(self.task, **{"seed": seed, **self.task_settings, **own})
+        return load_task(self.task, **{"seed": seed, **self.task_settings, **self.arms[arm].task, **own})

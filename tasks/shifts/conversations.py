@@ -46,6 +46,7 @@ def conversation(
     *,
     first_number: int = 1,
     unasked: Sequence[str] = (),
+    names_shifts: bool = True,
     latent_size: int = 1,
 ) -> dict[str, Any]:
     """One question about one board.
@@ -56,6 +57,7 @@ def conversation(
         form (`str`): one of `ilvr.tasks.forms.FORMS`; the state in words is the player's cell.
         first_number (`int`, *optional*, defaults to 1): of the first shift.
         unasked (`Sequence[str]`, *optional*): shifts that the question lists behind those that it asks for.
+        names_shifts (`bool`, *optional*, defaults to `True`): whether a step names the shift, or its number alone.
         latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
 
     Returns:
@@ -69,7 +71,7 @@ def conversation(
     builder.add_turn("assistant", form)
     for number, (shift, after) in enumerate(steps, start=first_number):
         add_step(
-            *(builder, form, f" {number} {shift}"),
+            *(builder, form, f" {number} {shift}" if names_shifts else f" {number}"),
             state=f" {cell_name(after.player)}",
             picture=lambda after=after: render_shift_board(after),
             latent_size=latent_size,

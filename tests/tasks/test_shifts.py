@@ -122,6 +122,11 @@ def test_forms_say_the_same_in_their_own_way(latent_size):
     assert {len(json.loads(m)["shifts"]) for m in forms["trace"]["metadata"]} <= set(range(2, 17))
 
 
+def test_steps_may_be_numbers_alone():
+    row = load_task("shifts", boards=1, test_boards=1, lengths=[3, 3], names_shifts=False).dataset("train")[0]
+    assert words_of(row, "assistant") == f" 1 2 3 \\boxed{{{row['answer']}}}" and len(row["images"]) == 4
+
+
 def test_a_question_lists_shifts_that_it_does_not_ask_for():
     task = load_task("shifts", boards=60, test_boards=3, lengths=[3, 4], listed=[1, 6], number_from=[2, 5])
     more = set()
