@@ -17,15 +17,20 @@ from .rendering import render_shift_board
 
 Steps = list[tuple[str, ShiftBoard]]  # shifts with the board after each
 
-QUESTION = "Where is the player after {}? Shifts: {}. "
+QUESTION, REPEAT = "Where does the player end? Shifts up to {}: {}. ", "Repeat the shifts up to {}: {}."
 WHERE, DESCRIBE = "Where is the player?", "Describe the board."
 BASE_SHIFTS = (1, 1, 2, 2)  # what a small backbone is asked to do at once
 
 
-def question_of(shifts: list[str], form: str, first_number: int = 1, unasked: Iterable[str] = ()) -> str:
-    """What is asked: the shifts numbered, for they repeat and are copied one after the other; `unasked` ones follow."""
-    numbered = " ".join(f"{number} {shift}" for number, shift in enumerate([*shifts, *unasked], start=first_number))
-    return QUESTION.format(first_number + len(shifts) - 1, numbered) + INSTRUCTIONS[form]
+def numbered(shifts: Iterable[str], first_number: int = 1) -> str:
+    """Shifts with their numbers, for they repeat and are copied one after the other."""
+    return " ".join(f"{number} {shift}" for number, shift in enumerate(shifts, start=first_number))
+
+
+def question_of(shifts: list[str], form: str, first_number: int = 1, unasked: Sequence[str] = ()) -> str:
+    """What is asked: the number of the last shift to take, and the shifts; `unasked` ones follow."""
+    last = first_number + len(shifts) - 1
+    return QUESTION.format(last, numbered([*shifts, *unasked], first_number)) + INSTRUCTIONS[form]
 
 
 def vocabulary(size: int, max_number: int) -> list[str]:
@@ -36,7 +41,7 @@ def vocabulary(size: int, max_number: int) -> list[str]:
     boxed = f" \\boxed{{{cell_name((0, 0))}}}"
     starts = " ".join(f"{{{name}" for name in row_names(size))
     letters = "F F H G P\nF F H G P\nF"
-    return [*questions, WHERE, DESCRIBE, cells, boxed, starts, letters, f" {numbers}", FILLER * 4] * 3
+    return [*questions, REPEAT, WHERE, DESCRIBE, cells, boxed, starts, letters, f" {numbers}", FILLER * 4] * 3
 
 
 def conversation(
@@ -88,16 +93,22 @@ def conversation(
     return builder.finish(metadata, set(), answer)
 
 
-def base_conversation(board: ShiftBoard, questions: list[tuple[Steps, int]]) -> dict[str, Any]:
-    """What teaches a small backbone to see: several questions about one picture, where the player is first of all.
+def base_conversation(
+    board: ShiftBoard, questions: list[tuple[Steps, int]], repeated: list[str], asked: int
+) -> dict[str, Any]:
+    """What a small backbone learns to do at first: several questions about one picture, where the player is before all.
 
     Args:
         board (`ShiftBoard`): in the picture.
         questions (`list[tuple]`): shifts with the board after each, and the number of the first.
+        repeated (`list[str]`), asked (`int`): shifts to find in a list by their numbers, and how many of them.
     """
     turns = [(WHERE, _boxed(board)), (DESCRIBE, _letters(board))]
     for steps, first_number in questions:
         turns.append((question_of([shift for shift, _ in steps], "answer", first_number), _boxed(steps[-1][1])))
+    first = questions[-1][1]
+    listed = REPEAT.format(first + asked - 1, numbered(repeated, first))
+    turns.append((listed, f" {numbered(repeated[:asked], first)}"))
     builder = ConversationBuilder(cast(Any, as_png))
     for number, (question, answer) in enumerate(turns):
         builder.add_turn("user", "question")

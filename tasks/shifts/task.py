@@ -145,8 +145,10 @@ def _rows(task: Shifts, split: str, form: str) -> Iterator[dict[str, Any]]:
         rng = random.Random(f"{task.seed}-{'base' if is_base else 'follow'}-{split}-{i}")
         board = sample_board(rng, task.size, split, task.seed)
         if is_base:
-            asked = [sample_shifts(rng, board, n, task.touch) for n in BASE_SHIFTS]
-            yield base_conversation(board, [(steps, rng.randint(*first_numbers)) for steps in asked])
+            taken = [(sample_shifts(rng, board, n, task.touch), rng.randint(*first_numbers)) for n in BASE_SHIFTS]
+            asked = rng.randint(lengths[0], max(lengths[1], listed[1]))
+            repeated = sample_shifts(rng, board, max(asked, rng.randint(*listed)), task.touch)
+            yield base_conversation(board, taken, [shift for shift, _ in repeated], asked)
         else:
             asked = rng.randint(*lengths)
             steps = sample_shifts(rng, board, max(asked, rng.randint(*listed)), task.touch)

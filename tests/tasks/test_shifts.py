@@ -104,7 +104,7 @@ def test_forms_say_the_same_in_their_own_way(latent_size):
             image = open_image(trace["images"][number], "board")
             assert np.array_equal(image, render_shift_board(board))
         numbered = [f"{number} {shift}" for number, shift in enumerate(metadata["shifts"], start=1)]
-        asked = f"Where is the player after {len(numbered)}? Shifts: {' '.join(numbered)}. Think step by step."
+        asked = f"Where does the player end? Shifts up to {len(numbered)}: {' '.join(numbered)}. Think step by step."
         assert words_of(trace, "user") == asked
         # Number and shift before each helper image, and nothing of where it leads.
         end = f" \\boxed{{{cells[-1]}}}"
@@ -135,7 +135,7 @@ def test_a_question_lists_shifts_that_it_does_not_ask_for():
         numbered = [f"{n} {s}" for n, s in enumerate(metadata["shifts"], start=metadata["first_number"])]
         last = numbered[-1].split()[0]
         question = words_of(row, "user")
-        listed = question.removeprefix(f"Where is the player after {last}? Shifts: ").split(".")[0].split()
+        listed = question.removeprefix(f"Where does the player end? Shifts up to {last}: ").split(".")[0].split()
         assert " ".join(listed).startswith(" ".join(numbered))
         assert listed[::3] == [str(n) for n in range(metadata["first_number"], metadata["first_number"] + len(listed) // 3)]
         assert words_of(row, "assistant").split(" \\boxed")[0].split() == " ".join(numbered).split()
@@ -173,13 +173,17 @@ def test_base_asks_first_where_the_player_is():
         row, column = board.player
         letters = [line.split() for line in turns[3].split("\n")]
         assert letters[row][column] == "P" and sum(line.count("P") for line in letters) == 1
-        assert len(sample["images"]) == 1 and len(turns) == 12
-        for question, answer in zip(turns[4::2], turns[5::2]):
-            words = question.split("Shifts: ")[1].split(".")[0].split()
+        assert len(sample["images"]) == 1 and len(turns) == 14
+        for question, answer in zip(turns[4:12:2], turns[5:12:2]):
+            words = question.split(": ")[1].split(".")[0].split()
             end = board
             for line, direction in zip(words[1::3], words[2::3]):
                 end = end.shift(f"{line} {direction}")
             assert answer == f" \\boxed{{{cell_name(end.player)}}}"
+        listed = turns[12].removeprefix("Repeat the shifts up to ").removesuffix(".")
+        last, shifts = listed.split(": ")
+        assert shifts.startswith(turns[13].strip()) and turns[13].split()[-3] == last
+        assert 4 <= len(turns[13].split()) // 3 <= 10
 
 
 def test_shifts_may_be_numbered_from_a_random_number():
@@ -192,7 +196,7 @@ def test_shifts_may_be_numbered_from_a_random_number():
         words = words_of(sample, "assistant").split("\\boxed")[0].split()
         numbers = [int(word) for word in words[::3]]
         assert numbers == list(range(metadata["first_number"], metadata["first_number"] + len(metadata["shifts"])))
-        assert f"Shifts: {' '.join(words)}. Think" in words_of(sample, "user")
+        assert f": {' '.join(words)}. Think" in words_of(sample, "user")
         assert sample["answer"] == other["answer"]  # numbers change nothing else
         first, last = first | {numbers[0]}, max(last, numbers[-1])
     assert first == set(range(1, 14)) and 20 <= last <= 22
