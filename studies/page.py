@@ -17,7 +17,7 @@ from ilvr.evaluation.statistics import mcnemar, paired_difference
 from .study import Study
 
 
-RESULTS, PAGES = Path("studies/results"), {"shifts": Path("docs/evidence.md")}
+RESULTS, PAGE = Path("studies/results"), Path("docs/evidence.md")
 CONTROLS = {
     "another_sample": "another sample's",
     "position_mean": "mean",
@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     study = Study.load(parser.parse_args().study)
     found = load(study)
-    page = PAGES[study.name]
-    text = page.read_text(encoding="utf-8")
-    tables = f"<!-- results -->\n{report(study, found)}\n<!-- /results -->"
-    text, number = re.subn(r"<!-- results -->.*<!-- /results -->", lambda _: tables, text, flags=re.DOTALL)
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = f"<!-- results: {study.name} -->", f"<!-- /results: {study.name} -->"
+    tables = f"{start}\n{report(study, found)}\n{end}"
+    text, number = re.subn(f"{start}.*{end}", lambda _: tables, text, flags=re.DOTALL)
     if not number:
-        raise ValueError(f"{page} has no lines <!-- results --> and <!-- /results --> to write between.")
-    page.write_text(text, encoding="utf-8")
+        raise ValueError(f"{PAGE} has no lines {start} and {end} to write between.")
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def load(study: Study) -> Found:
@@ -58,15 +58,19 @@ def report(study: Study, found: Found) -> str:
     commits = sorted({result["commit"] for runs in found.values() for result in runs.values()})
     parts = [f"Commits {', '.join(commits)}.", "### Accuracy", accuracy_table(study, found)]
     parts += ["### With other latents", controls_table(study, found)]
-    parts += ["### By number of shifts", groups_table(found), "### The rules", rules_table(found)]
+    parts += ["### By difficulty", groups_table(found)]
+    if study.name in RULES:
+        parts += ["### The rules", RULES[study.name](found)]
     return "\n\n".join(parts)
 
 
 def accuracy_table(study: Study, found: Found) -> str:
-    rows = [["arm", "what it is", "*trained*, %", "seeds", "*longer*, %", "tokens", "spans", "training, s"]]
+    others = [test for test in study.tests if test != "trained"]
+    tests = [f"*{test}*, %" for test in others]
+    rows = [["arm", "what it is", "*trained*, %", "seeds", *tests, "tokens", "spans", "training, s"]]
     for name, runs in found.items():
         trained = [rate(result["tests"]["trained"]["right"]) for result in runs.values()]
-        longer = [rate(result["tests"]["longer"]["right"]) for result in runs.values()]
+        further = [mean(rate(result["tests"][test]["right"]) for result in runs.values()) for test in others]
         size = next(iter(runs.values()))["tests"]["trained"]
         right = "".join(result["tests"]["trained"]["right"] for result in runs.values())
         low, high = (100 * end for end in wilson_interval(right.count("1"), len(right)))
@@ -76,7 +80,7 @@ def accuracy_table(study: Study, found: Found) -> str:
                 study.arms[name].note,
                 f"**{mean(trained):.1f}** ({low:.1f} – {high:.1f})",
                 ", ".join(f"{seed}: {value:.1f}" for seed, value in zip(runs, trained)),
-                f"{mean(longer):.1f}",
+                *(f"{value:.1f}" for value in further),
                 f"{size['tokens']:.0f}",
                 f"{size['spans']:.1f}",
                 f"{mean(result['seconds'] for result in runs.values()):.0f}",
@@ -109,14 +113,14 @@ def groups_table(found: Found) -> str:
                 for group, right in zip(test["groups"], test["right"]):
                     groups[group] = None
                     own.setdefault(group, []).append(right)
-    order = sorted(groups, key=lambda group: int(group.split()[0]))
+    order = sorted(groups, key=lambda group: [int(number) for number in re.findall(r"\d+", group)])
     rows = [["arm", *(group.split()[0] for group in order)]]
     for name, own in by_arm.items():
         rows.append([name, *(f"{rate(''.join(own[group])):.0f}" if group in own else "" for group in order)])
     return table(rows)
 
 
-def rules_table(found: Found) -> str:
+def rules_of_shifts(found: Found) -> str:
     """Each rule of acceptance with what was measured, over the seeds that all its arms have."""
 
     def pooled(arm: str, *others: str, test: str = "trained", control: str | None = None) -> str:
@@ -172,6 +176,9 @@ def rules_table(found: Found) -> str:
         seeds = len(set.intersection(*(set(found[arm]) for arm in arms)))
         rows.append([rule, value, str(seeds), ("yes" if holds else "**no**") + ("" if seeds >= 3 else ", so far")])
     return table(rows)
+
+
+RULES = {"shifts": rules_of_shifts}
 
 
 def difference(first: str, second: str) -> str:

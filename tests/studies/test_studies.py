@@ -82,7 +82,9 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
         "stage1": {0: results("stage1", 0, "1" * 98 + "00")},
         "stage2": {0: results("stage2", 0, "1" * 99 + "0", controls)},
     }
-    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in page.rules_table(found).splitlines()}
+    lines = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in page.rules_of_shifts(found).splitlines()
+    }
     assert (
         lines["accuracy at least 98 %"][:2] == ["99.0 %", "1"] and "yes, so far" in lines["accuracy at least 98 %"][2]
     )
@@ -104,13 +106,15 @@ def test_arms_come_after_those_that_they_continue(tmp_path):
 
 def test_the_page_is_rewritten_between_its_marks(study, tmp_path, monkeypatch):
     document = tmp_path / "page.md"
-    document.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    monkeypatch.setattr(page, "PAGES", {"tiny": document})
+    document.write_text("before\n<!-- results: tiny -->\nold\n<!-- /results: tiny -->\nafter\n")
+    monkeypatch.setattr(page, "PAGE", document)
     folder = tmp_path / "results" / "tiny"
     folder.mkdir(parents=True)
     (folder / "base-0.json").write_text(json.dumps(results("base", 0, "10")))
     monkeypatch.setattr("sys.argv", ["page", str(tmp_path / "study.yaml")])
     page.main()
     text = document.read_text()
-    assert text.startswith("before\n<!-- results -->\nCommits abc.") and text.endswith("<!-- /results -->\nafter\n")
+    assert text.startswith("before\n<!-- results: tiny -->\nCommits abc.") and text.endswith(
+        "<!-- /results: tiny -->\nafter\n"
+    )
     assert "| base |" in text and "**50.0**" in text
