@@ -51,6 +51,26 @@ class LatentSpanLogitsProcessor(LogitsProcessor):
         return scores
 
 
+class WholeSpansLogitsProcessor(LogitsProcessor):
+    """Forbids `<|latent_start|>` where fewer than K + 2 tokens are left, so that no sequence ends within a span.
+
+    Args:
+        start_id (`int`): of `<|latent_start|>`.
+        latent_size (`int`): K.
+        max_length (`int`): at which sequences are cut, the prompt included.
+    """
+
+    def __init__(self, start_id: int, latent_size: int, max_length: int) -> None:
+        self.start_id, self.last_start = start_id, max_length - latent_size - 2
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] <= self.last_start:
+            return scores
+        scores = scores.clone()
+        scores[:, self.start_id] = -torch.inf
+        return scores
+
+
 def latents_at_end(input_ids: torch.Tensor, pad_id: int, latent_size: int) -> torch.Tensor:
     """How many `<|latent_pad|>` each row of `input_ids` (B, T) ends with, at most K: (B,)."""
     return (input_ids[:, -latent_size:] == pad_id).flip(1).long().cumprod(1).sum(1)

@@ -1,5 +1,7 @@
 """Training of latent visual reasoning."""
 
+from .ilvr_grpo_config import ILVRGRPOConfig
+from .ilvr_grpo_trainer import ILVRGRPOTrainer
 from .ilvr_trainer import ILVRTrainer
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentDataCollator
@@ -7,6 +9,8 @@ from .watching.selection_drawing import SelectionDrawingCallback
 
 
 __all__ = [
+    "ILVRGRPOConfig",
+    "ILVRGRPOTrainer",
     "ILVRTrainer",
     "ILVRTrainingConfig",
     "LatentDataCollator",

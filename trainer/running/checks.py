@@ -33,11 +33,27 @@ def check_agreement(model: Any, processor: Any) -> None:
     processor.check_chat_template()
 
 
+def _has_linear_attention(model: Any) -> bool:
+    return "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+
+def check_rows_of_any_length(model: Any) -> None:
+    """Reinforcement learning pads rows on both sides, which changes the state of linear attention.
+
+    Raises:
+        ValueError: for a backbone with linear attention.
+    """
+    if _has_linear_attention(model):
+        raise ValueError(
+            "Rollouts are scored in batches with padding on both sides, which changes the state of linear attention. "
+            "Choose a backbone without it."
+        )
+
+
 def check_batch_size(model: Any, args: Any, eval_dataset: Any) -> None:
     """A backbone with linear attention takes one row at a time."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size if eval_dataset else 1)
-    if "linear_attention" in layer_types and batch_size > 1:
+    if _has_linear_attention(model) and batch_size > 1:
         raise ValueError(
             f"A batch of {batch_size} aligns the spans of its rows by padding between words, which changes the state "
             "of linear attention. Set per_device_train_batch_size and per_device_eval_batch_size to 1 and accumulate."
