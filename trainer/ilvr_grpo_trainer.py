@@ -1,26 +1,31 @@
 """Reinforcement learning of latent visual reasoning: GRPO on rollouts with latent spans.
 
-Shapes: B batch, T sequence, S spans, K latents a span, D hidden.
+Shapes: B batch, T sequence, C completion, S spans, K latents a span, D hidden.
 """
 
 import copy
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from ilvr import ILVRProcessor, is_forced
+from ilvr import ILVRProcessor, is_forced, pad_spans
+from ilvr.latent_spans import scatter_spans
 
 from .ilvr_grpo_config import ILVRGRPOConfig
-from .rollouts import rollouts_with_latents
+from .inputs.sampler import SeededByEpoch
+from .losses import gaussian_log_density
+from .rollouts import WithLatents, rollouts_with_latents
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model
 from .running.checks import check_agreement, check_rows_of_any_length, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
@@ -37,9 +42,9 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
 
     Rollouts are the model's own `generate`, each row in its own phase. The ids of a completion say where its spans
     are; each model that scores them (policy, old policy, reference) walks its own latents again, so the gradient of
-    the words' log-probabilities flows through the latents, exactly. `<|latent_start|>` is a decision like any word.
-    The ids that follow from it, `<|latent_pad|>` and `<|latent_end|>`, are in neither loss, KL nor entropy, and no
-    completion ends within a span.
+    the words' log-probabilities flows through the latents, exactly (`args.latent_policy` has other ways).
+    `<|latent_start|>` is a decision like any word. The ids that follow from it, `<|latent_pad|>` and `<|latent_end|>`,
+    are in neither loss, KL nor entropy, and no completion ends within a span.
 
     Args:
         model (`str`, [`ILVRForConditionalGeneration`] or `PeftModel` over one): the policy; as a string, the Hub id or
@@ -132,6 +137,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         if self.aux_loss_enabled:
             raise ValueError("An ILVR model hands on no router logits. Set router_aux_loss_coef to 0.")
         args.beta, args.sync_ref_model = beta, sync
+        self.first_latent_norm = 0.0
         if reference is not None:
             self._set_reference(reference)
 
@@ -151,14 +157,128 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
     # -------------------------------------------------------------------------------------------------------- rollouts
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with rollouts_with_latents(self.student):
-            return super()._generate_single_turn(*args, **kwargs)
+        started = time.perf_counter()
+        with rollouts_with_latents(self.student, self.args.latent_sigma) as latents:
+            completions = super()._generate_single_turn(*args, **kwargs)
+        self._latents = pad_spans(latents)
+        self._record_rollouts(latents, time.perf_counter() - started)
+        return completions
+
+    def _record_rollouts(self, latents: list[torch.Tensor], seconds: float) -> None:
+        spans = torch.tensor([float(len(row)) for row in latents])
+        self.record(1, rollout_time=seconds)
+        self.record(len(spans), spans_per_sample=spans.mean(), samples_without_spans=(spans == 0).float().mean())
+        norms = torch.cat(latents).norm(dim=-1)  # (spans, K)
+        if norms.numel():
+            self.first_latent_norm = self.first_latent_norm or norms.mean().item()
+            self.record(
+                norms.numel(), latent_norm=norms.mean(), latent_norm_drift=norms.mean() / self.first_latent_norm
+            )
 
     def _generate(self, prompts: list) -> tuple:
         prompt_ids, completion_ids, _, *others = super()._generate(prompts)
-        decided = [
-            (~is_forced(torch.tensor(ids, dtype=torch.long), self.student.config)).long().tolist()
-            for ids in completion_ids
-        ]
         # TRL's mask of what tools have said: 0 for ids that are no decision, in neither loss, KL nor entropy.
+        decided = [self._is_decision(torch.tensor(ids, dtype=torch.long)).long().tolist() for ids in completion_ids]
         return prompt_ids, completion_ids, decided, *others
+
+    def _is_decision(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which ids of completions are decisions, of the ids' shape: words, starts of spans, and latents if drawn."""
+        forced = is_forced(ids, self.student.config)
+        if self.args.samples_latents:
+            forced &= ids != self.student.config.latent_pad_token_id
+        return ~forced
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        outputs = super()._generate_and_score_completions(inputs)
+        if self.args.latent_policy != "recompute":
+            outputs["latent_values"], outputs["latent_mask"] = self._latents
+        return outputs
+
+    # ------------------------------------------------------------------------------------------------------- the loss
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self._scored = inputs = dict(inputs)
+        if self.args.latent_policy != "recompute":
+            self._latents = inputs["latent_values"], inputs["latent_mask"]
+        self.record_tokens(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        scored: Any = model
+        if self.args.latent_policy != "recompute":
+            core = ilvr_model(self.accelerator.unwrap_model(model)).model
+            scored = WithLatents(model, core, *self._latents)
+        log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        ids = input_ids[:, -logits_to_keep:]  # (B, C), of the completions
+        if entropies is not None:
+            words = attention_mask[:, -logits_to_keep:].bool() & ~is_forced(ids, self.student.config)
+            self.record(words.sum(), entropy=entropies[words].mean())
+        if self.args.samples_latents and self._latents[0].shape[1]:
+            is_latent = ids == self.student.config.latent_pad_token_id
+            densities = gaussian_log_density(self._latents[0], scored.predicted, self.args.latent_sigma)  # (B, S, K)
+            log_probs = scatter_spans(
+                log_probs.unsqueeze(-1), is_latent, densities.unsqueeze(-1), self._latents[1]
+            ).squeeze(-1)
+            if entropies is not None and self.beta:
+                # TRL's estimate of the KL divergence takes the exponential of a difference of densities in D
+                # dimensions, which overflows. It is 0, and so is its gradient, where policy and reference agree.
+                reference = self._scored["ref_per_token_logps"]
+                self._scored["ref_per_token_logps"] = torch.where(is_latent, log_probs.detach(), reference)
+        return log_probs, entropies, aux_loss
+
+    # ------------------------------------------------------------------------------------- what belongs to a run
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Our own go on in a resumed run, and are of words alone.
+        for name in ("num_tokens", "step_time", "entropy"):
+            self._metrics["train" if self.model.training else "eval"].pop(name, None)
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return SeededByEpoch(super()._get_train_sampler(dataset))
+
+    def _rollouts_file(self, folder: str) -> Path:
+        return Path(folder, f"rollouts_{self.args.process_index}.pt")
+
+    def save_method_state(self, folder: str) -> None:
+        whole = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        state = {
+            "step": self._step,
+            "rollouts": None if whole else self._buffered_inputs,
+            "metrics": dict(self._metrics["train"]),
+            "first_latent_norm": self.first_latent_norm,
+        }
+        torch.save(state, self._rollouts_file(folder))
+
+    def load_method_state(self, folder: str) -> None:
+        state = torch.load(self._rollouts_file(folder), map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["rollouts"]
+        self._metrics["train"].update(state["metrics"])
+        self.first_latent_norm = state["first_latent_norm"]
+
+    def method_files(self) -> list[str]:
+        return ["rollouts_*.pt"]
+
+    def run_settings(self) -> dict[str, Any]:
+        return {"latent_policy": self.args.latent_policy, **super().run_settings()}
+
+    def card_settings(self) -> dict[str, Any]:
+        args = self.args
+        sigma = {"sigma of latents": args.latent_sigma} if args.samples_latents else {}
+        return {
+            "method": f"GRPO ({args.loss_type}, beta {args.beta})",
+            "latents of rollouts": args.latent_policy,
+            **sigma,
+            "completions a prompt": args.num_generations,
+            "rewards": ", ".join(self.reward_func_names),
+        }

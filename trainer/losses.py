@@ -85,6 +85,22 @@ def _mean_of_samples(per_latent: torch.Tensor, target_mask: torch.Tensor) -> tor
     return per_sample.sum() / (counts > 0).sum().clamp(min=1)
 
 
+def gaussian_log_density(latents: torch.Tensor, means: torch.Tensor, sigma: float) -> torch.Tensor:
+    """log N(latent; mean, sigma^2 I) without its constant, which cancels in every ratio (VLPO, arXiv 2511.21395).
+
+    With the constant, D / 2 log(2 pi sigma^2), the differences that count would be lost in fp32.
+
+    Args:
+        latents (`torch.Tensor` of shape `(…, D)`): as they were drawn.
+        means (`torch.Tensor` of shape `(…, D)`): what a model predicts in their place.
+        sigma (`float`): standard deviation in each coordinate.
+
+    Returns:
+        `torch.Tensor` of shape `(…)`: - |latent - mean|^2 / (2 sigma^2).
+    """
+    return -(latents.float() - means.float()).square().sum(-1) / (2 * sigma**2)
+
+
 def token_loss(
     logits: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from helpers import gradients, largest_difference, make_image, prefix_recompute
+from helpers import gradients, largest_difference, make_image, perturb, prefix_recompute
+from peft import LoraConfig
 
 from ilvr.latent_decoding import WholeSpansLogitsProcessor
 from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer
+from ilvr.trainer.losses import gaussian_log_density
 
 
 def make_prompts(count: int = 4) -> Dataset:
@@ -84,11 +86,11 @@ def log_probs_of(logits, inputs, temperature=1.0):
     return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
-def policy_loss(log_probs, inputs):
+def policy_loss(log_probs, inputs, kl=0.0):
     """GRPO's loss of the first update, in which the old policy is the policy (arXiv 2402.03300, equation 3)."""
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     ratio = (log_probs - log_probs.detach()).exp()
-    return -((ratio * inputs["advantages"].unsqueeze(1) * mask).sum(1) / mask.sum(1)).mean()
+    return -(((ratio * inputs["advantages"].unsqueeze(1) - kl) * mask).sum(1) / mask.sum(1)).mean()
 
 
 @pytest.mark.parametrize("backbone_name", ["qwen2_5_vl", "smolvlm"], indirect=True, scope="session")
@@ -222,3 +224,178 @@ def test_rollouts_of_several_parts_are_refused(model, processor, tmp_path, name)
 def test_linear_attention_is_refused(model, processor, tmp_path):
     with pytest.raises(ValueError, match="changes the state of linear attention"):
         make_grpo_trainer(model, processor, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ replayed and drawn latents
+
+
+@pytest.mark.parametrize("backbone_name", ["qwen2_5_vl", "smolvlm"], indirect=True, scope="session")
+@pytest.mark.parametrize("rows", [4, 2], ids=["at once", "in chunks"])
+def test_replay_is_teacher_forcing(model, processor, tmp_path, rows):
+    """With the latents of the rollout, which are the model's own: the log-probabilities of `recompute`, and the
+    gradients of a forward pass in which the latents are constants."""
+    settings = {"latent_policy": "replay", "per_device_train_batch_size": 4, "num_generations": 2}
+    trainer = make_grpo_trainer(model, processor, tmp_path, **settings)
+    inputs = roll_out(trainer)
+    whole = whole_inputs(inputs)
+    latents = {name: inputs[name] for name in ("latent_values", "latent_mask")}
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    forced = log_probs_of(model(**whole, **latents).logits, inputs)
+    walked = log_probs_of(model(**whole).logits, inputs)
+    torch.testing.assert_close(forced[mask], walked[mask], rtol=1e-4, atol=1e-4)
+    expected = gradients(model, policy_loss(forced, inputs))
+    found = gradients(model, trainer.compute_loss(trainer.model, inputs))
+    assert largest_difference(found, expected) < 1e-5
+
+    images = {name: value for name, value in inputs.items() if name in whole or name == "num_images"}
+    log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
+        *(model, whole["input_ids"], whole["attention_mask"], forced.shape[1]), batch_size=rows, **images
+    )
+    torch.testing.assert_close(log_probs[mask], forced[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_a_density_by_hand():
+    """|(1, 2) - (0, 4)|^2 = 5, over 2 * 0.25."""
+    found = gaussian_log_density(torch.tensor([[1.0, 2.0], [3.0, 3.0]]), torch.tensor([[0.0, 4.0], [3.0, 3.0]]), 0.5)
+    assert found.tolist() == [-10.0, 0.0]
+
+
+@pytest.mark.parametrize("backbone_name", ["qwen2_5_vl", "smolvlm"], indirect=True, scope="session")
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_drawn_latents_count_by_their_density(model, processor, tmp_path, beta):
+    """Of a row whose first latent stands in column t: -|z - latent_head(h_{t-1})|^2 / (2 sigma^2), and so on."""
+    sigma = 0.3
+    trainer = make_grpo_trainer(model, processor, tmp_path, latent_policy="gaussian", latent_sigma=sigma, beta=beta)
+    if beta:
+        perturb(trainer.ref_model, seed=5)
+    inputs = roll_out(trainer)
+    whole, values = whole_inputs(inputs), inputs["latent_values"]
+    start, pad, end = model.config.latent_token_ids
+    is_latent = inputs["completion_ids"] == pad
+    assert inputs["tool_mask"].bool().equal(inputs["completion_ids"] != end)
+    hidden = model.model(**whole, latent_values=values, latent_mask=inputs["latent_mask"]).last_hidden_state
+    offset = inputs["prompt_ids"].shape[1]
+    expected = log_probs_of(model.get_output_embeddings()(hidden), inputs)
+    drawn = {row: iter(values[row].flatten(0, 1)) for row in range(len(values))}
+    for row, column in is_latent.nonzero().tolist():
+        error = next(drawn[row]) - hidden[row, offset + column - 1]
+        expected[row, column] = -error.square().sum() / (2 * sigma**2)
+    policy_gradients = gradients(model, trainer.compute_loss(trainer.model, inputs))
+    images = {name: value for name, value in inputs.items() if name in whole or name == "num_images"}
+    found, _, _ = trainer._get_per_token_logps_and_entropies(
+        *(model, whole["input_ids"], whole["attention_mask"], is_latent.shape[1]), **images
+    )
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    # The noise has the size that was asked for: D = 32 coordinates.
+    errors = (-2 * found[is_latent]).mean()
+    assert is_latent.any() and 32 * 0.6 < errors < 32 * 1.4
+    kl = 0.0
+    if beta:  # of words: exp(r) - r - 1 with r the log-ratio of reference and policy, times policy over old policy
+        difference = torch.where(is_latent, 0, inputs["ref_per_token_logps"] - expected)
+        assert difference[mask].abs().max() > 0.1
+        kl = beta * (difference.exp() - difference - 1) * (expected - expected.detach()).exp()
+    assert largest_difference(policy_gradients, gradients(model, policy_loss(expected, inputs, kl))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latent_policy": "walk"}, "must be one of .*, got 'walk'"),
+        ({"latent_policy": "gaussian"}, "belongs to latent_policy='gaussian' .* got None with 'gaussian'"),
+        ({"latent_sigma": 0.1}, "got 0.1 with 'recompute'"),
+        ({"latent_policy": "gaussian", "latent_sigma": -1.0}, "above 0"),
+        ({"latent_policy": "gaussian", "latent_sigma": 0.1, "entropy_coef": 0.1}, "Leave top_entropy_quantile"),
+    ],
+    ids=str,
+)
+def test_settings_of_latents_that_contradict_each_other(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ILVRGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+POLICIES = [
+    {"latent_policy": "recompute"},
+    {"latent_policy": "replay"},
+    {"latent_policy": "gaussian", "latent_sigma": 1.0},
+]
+SPEED = {"step_time", "tokens_per_second", "rollout_time"}
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["latent_policy"])
+@pytest.mark.parametrize("steps", [3, 5], ids=["between rollouts", "in the second epoch"])
+def test_resume_equals_an_uninterrupted_run(model, processor, tmp_path, policy, steps):
+    """Four prompts and two rollouts a prompt: an epoch has two rollouts, each of which is trained on for two steps."""
+    settings = {
+        "max_steps": steps + 3,
+        "steps_per_generation": 2,
+        "per_device_train_batch_size": 2,
+        "beta": 0.1,
+        **policy,
+    }
+    settings |= {"logging_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": steps}
+    whole_model, resumed_model = copy.deepcopy(model), copy.deepcopy(model)
+    whole = make_grpo_trainer(whole_model, processor, tmp_path / "a", **settings, **saving)
+    whole.train()
+    resumed = make_grpo_trainer(resumed_model, processor, tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{steps}"))
+    for (name, a), b in zip(whole_model.named_parameters(), resumed_model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    assert not all(a.equal(b) for a, b in zip(whole_model.parameters(), model.parameters()))
+    for a, b in zip(whole.state.log_history[:-1], resumed.state.log_history[:-1], strict=True):
+        assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - SPEED)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["latent_policy"])
+def test_rewards_are_learned_and_the_log_says_how(model, processor, tmp_path, policy):
+    """A reward for opening no span: fewer are opened. The loss of each micro-batch is over its own tokens."""
+    start = model.config.latent_start_token_id
+
+    def few_spans(completion_ids, **kwargs):
+        return [-float(ids.count(start)) for ids in completion_ids]
+
+    settings = {"max_steps": 12, "per_device_train_batch_size": 8, "num_generations": 8, "learning_rate": 1e-2}
+    settings |= {"generation_kwargs": {"sequence_bias": [[[start], 5.0]]}}
+    trainer = make_grpo_trainer(model, processor, tmp_path, reward=few_spans, **settings, **policy)
+    trainer.train()
+    logs = trainer.state.log_history[:-1]
+    assert sum(log["spans_per_sample"] for log in logs[-3:]) < 0.5 * sum(log["spans_per_sample"] for log in logs[:3])
+    first = logs[0]
+    assert first["latent_norm_drift"] == pytest.approx(1) and first["latent_norm"] > 0
+    assert 0 <= first["samples_without_spans"] < 1 and first["entropy"] > 0
+    assert 0 < first["rollout_time"] < first["step_time"] and first["tokens_per_second"] > 0
+    assert first["num_tokens"] < logs[1]["num_tokens"] and first["rewards/few_spans/mean"] < 0
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["latent_policy"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_adapters_train(model, processor, tmp_path, policy, beta):
+    """The base, whose weights do not move, is the reference; the adapter trains the rows of the latent tokens, too."""
+    before = copy.deepcopy(model)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+    settings = {"beta": beta, "num_iterations": 2, "max_steps": 4, **policy}
+    trainer = make_grpo_trainer(model, processor, tmp_path, peft_config=lora, **settings)
+    trainer.train()
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name and p.any() for name, p in trained.items())
+    assert all("lora_" in name or "trainable_tokens" in name for name in trained)
+    inputs = roll_out(trainer)
+    model = trainer.model
+    whole, mask = whole_inputs(inputs), (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    mask &= inputs["completion_ids"] != before.config.latent_pad_token_id
+    given = {name: inputs[name] for name in ("latent_values", "latent_mask") if name in inputs}
+    images = {name: value for name, value in inputs.items() if name in whole or name == "num_images"}
+    with torch.no_grad():
+        trainer.compute_loss(model, inputs)  # a batch is in another order than the rollouts were
+        found, _, _ = trainer._get_per_token_logps_and_entropies(
+            *(model, whole["input_ids"], whole["attention_mask"], mask.shape[1]), **images
+        )
+        expected = log_probs_of(model(**whole, **given).logits, inputs)
+        base = log_probs_of(before(**whole, **given).logits, inputs)
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    assert (base - expected)[mask].abs().max() > 1e-3
+    if beta:
+        torch.testing.assert_close(inputs["ref_per_token_logps"][mask], base[mask], rtol=1e-4, atol=1e-4)

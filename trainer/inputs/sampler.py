@@ -1,7 +1,8 @@
-"""Batches of samples that are alike in spans and length, so that little of a batch is padding."""
+"""Orders of samples: of like ones, so that little of a batch is padding, and one that a resumed run finds again."""
 
 import torch
 from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler
 
 
 class SpanGroupedSampler(Sampler):
@@ -40,3 +41,28 @@ class SpanGroupedSampler(Sampler):
         num_whole = len(order) // self.batch_size  # a last, shorter one stays last
         for i in [*torch.randperm(num_whole, generator=generator).tolist(), *range(num_whole, len(batches))]:
             yield from batches[i]
+
+
+class SeededByEpoch(Sampler):
+    """TRL's repeated prompts in an order of their epoch.
+
+    The order of an epoch is else what the epochs before have left of a generator, and a run that is resumed in the
+    second epoch starts with the order of the first.
+
+    Args:
+        sampler ([`~trl.trainer.utils.RepeatSampler`]): with a seed.
+    """
+
+    def __init__(self, sampler: RepeatSampler) -> None:
+        self.sampler, self.epoch = sampler, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch)
+        yield from self.sampler
