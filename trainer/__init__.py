@@ -5,6 +5,7 @@ from .ilvr_grpo_trainer import ILVRGRPOTrainer
 from .ilvr_trainer import ILVRTrainer
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentDataCollator
+from .inputs.prompts import make_prompts
 from .watching.selection_drawing import SelectionDrawingCallback
 
 
@@ -15,4 +16,5 @@ __all__ = [
     "ILVRTrainingConfig",
     "LatentDataCollator",
     "SelectionDrawingCallback",
+    "make_prompts",
 ]

@@ -26,7 +26,7 @@ from .ilvr_grpo_config import ILVRGRPOConfig
 from .inputs.sampler import SeededByEpoch
 from .losses import gaussian_log_density
 from .rollouts import WithLatents, rollouts_with_latents
-from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model
+from .running.adapters import complete_peft_config, complete_reference_adapter, freeze_vision_tower, ilvr_model
 from .running.checks import check_agreement, check_rows_of_any_length, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
@@ -129,6 +129,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        args.beta, args.sync_ref_model = beta, sync
         if is_sharded(self.accelerator):
             raise ValueError(
                 "The ranks of a sharded model have to run equally many forwards, and their rollouts have spans in "
@@ -136,8 +137,8 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
             )
         if self.aux_loss_enabled:
             raise ValueError("An ILVR model hands on no router logits. Set router_aux_loss_coef to 0.")
-        args.beta, args.sync_ref_model = beta, sync
         self.first_latent_norm = 0.0
+        complete_reference_adapter(self.model)
         if reference is not None:
             self._set_reference(reference)
 
@@ -229,7 +230,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
             log_probs = scatter_spans(
                 log_probs.unsqueeze(-1), is_latent, densities.unsqueeze(-1), self._latents[1]
             ).squeeze(-1)
-            if entropies is not None and self.beta:
+            if entropies is not None and self.beta:  # in the loss
                 # TRL's estimate of the KL divergence takes the exponential of a difference of densities in D
                 # dimensions, which overflows. It is 0, and so is its gradient, where policy and reference agree.
                 reference = self._scored["ref_per_token_logps"]

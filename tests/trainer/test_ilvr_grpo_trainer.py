@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from helpers import gradients, largest_difference, make_image, perturb, prefix_recompute
+from helpers import SAMPLES, gradients, largest_difference, make_dataset, make_image, perturb, prefix_recompute
 from peft import LoraConfig
 
+from ilvr import ILVRProcessor
 from ilvr.latent_decoding import WholeSpansLogitsProcessor
-from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer
+from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, make_prompts
 from ilvr.trainer.losses import gaussian_log_density
+from ilvr.trainer.rewards import accuracy_reward, format_reward, span_reward
 
 
-def make_prompts(count: int = 4) -> Dataset:
+def some_prompts(count: int = 4) -> Dataset:
     """Prompts of different lengths."""
     rows = [
         {
@@ -32,7 +34,7 @@ def length_reward(completions, **kwargs) -> list[float]:
 
 def make_grpo_trainer(model, processor, folder, reward=length_reward, peft_config=None, dataset=None, **kwargs):
     """A trainer whose rollouts open spans often; the bias is on the rollouts alone."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    start_id = (processor or ILVRProcessor.from_pretrained(model)).latent_token_ids[0]
     settings = {
         "max_steps": 2,
         "learning_rate": 1e-2,
@@ -41,7 +43,7 @@ def make_grpo_trainer(model, processor, folder, reward=length_reward, peft_confi
         "max_completion_length": 16,
         "gradient_accumulation_steps": 1,
         "loss_type": "grpo",
-        "generation_kwargs": {"sequence_bias": [[[base.config.latent_start_token_id], 4.0]]},
+        "generation_kwargs": {"sequence_bias": [[[start_id], 4.0]]},
         "lr_scheduler_type": "constant",
         "bf16": False,
         "activation_checkpointing": False,
@@ -57,7 +59,7 @@ def make_grpo_trainer(model, processor, folder, reward=length_reward, peft_confi
         model,
         reward,
         ILVRGRPOConfig(str(folder), **settings),
-        train_dataset=make_prompts() if dataset is None else dataset,
+        train_dataset=some_prompts() if dataset is None else dataset,
         processing_class=processor,
         peft_config=peft_config,
     )
@@ -214,7 +216,7 @@ def test_rollouts_of_several_parts_are_refused(model, processor, tmp_path, name)
             model,
             length_reward,
             args,
-            train_dataset=make_prompts(),
+            train_dataset=some_prompts(),
             processing_class=processor,
             **{name: [length_reward]},
         )
@@ -327,7 +329,10 @@ SPEED = {"step_time", "tokens_per_second", "rollout_time"}
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["latent_policy"])
 @pytest.mark.parametrize("steps", [3, 5], ids=["between rollouts", "in the second epoch"])
 def test_resume_equals_an_uninterrupted_run(model, processor, tmp_path, policy, steps):
-    """Four prompts and two rollouts a prompt: an epoch has two rollouts, each of which is trained on for two steps."""
+    """Four prompts, two completions each, in two rollouts of an epoch, each of which is trained on for two steps.
+
+    With this seed the first and the second epoch differ in the prompts of their second rollout.
+    """
     settings = {
         "max_steps": steps + 3,
         "steps_per_generation": 2,
@@ -335,7 +340,7 @@ def test_resume_equals_an_uninterrupted_run(model, processor, tmp_path, policy, 
         "beta": 0.1,
         **policy,
     }
-    settings |= {"logging_steps": 2}
+    settings |= {"logging_steps": 2, "seed": 4}
     saving = {"save_strategy": "steps", "save_steps": steps}
     whole_model, resumed_model = copy.deepcopy(model), copy.deepcopy(model)
     whole = make_grpo_trainer(whole_model, processor, tmp_path / "a", **settings, **saving)
@@ -370,6 +375,22 @@ def test_rewards_are_learned_and_the_log_says_how(model, processor, tmp_path, po
     assert first["num_tokens"] < logs[1]["num_tokens"] and first["rewards/few_spans/mean"] < 0
 
 
+def test_prompts_of_conversations_and_our_rewards(model, processor, tmp_path):
+    """Completions that are cut off are masked; each is scored by each reward; evaluation logs the same."""
+    samples = make_dataset([{**sample, "answer": "R"} for sample in SAMPLES[:4]])
+    rewards = [accuracy_reward("boxed_exact_match"), format_reward, span_reward(processor)]
+    settings = {"mask_truncated_completions": True, "max_steps": 1, "loss_type": "dapo"}
+    prompts = make_prompts(samples)
+    trainer = make_grpo_trainer(model, processor, tmp_path, rewards, dataset=prompts, **settings)
+    trainer.train()
+    names = {f"rewards/{name}/mean" for name in ("accuracy", "format_reward", "opens_span")}
+    assert names <= trainer.state.log_history[0].keys()
+    trainer.mask_truncated_completions = False
+    metrics = trainer.evaluate(prompts)
+    assert {"eval_spans_per_sample", "eval_entropy", "eval_latent_norm"} <= trainer.state.log_history[-1].keys()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss"])
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["latent_policy"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_adapters_train(model, processor, tmp_path, policy, beta):
@@ -399,3 +420,21 @@ def test_adapters_train(model, processor, tmp_path, policy, beta):
     assert (base - expected)[mask].abs().max() > 1e-3
     if beta:
         torch.testing.assert_close(inputs["ref_per_token_logps"][mask], base[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_trained_further(model, processor, tmp_path):
+    """As it was saved, by its folder: it is its own reference, as it was."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+    first = make_grpo_trainer(model, processor, tmp_path / "first", peft_config=lora)
+    first.train()
+    first.save_model()
+    trainer = make_grpo_trainer(str(tmp_path / "first"), None, tmp_path / "second", beta=0.1, max_steps=3)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_B.default" in name}
+    saved = dict(first.model.named_parameters())
+    assert start and all(p.equal(saved[name]) for name, p in start.items())
+    trainer.train()
+    kl = [line["kl"] for line in trainer.state.log_history if "kl" in line]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-5
+    now = dict(trainer.model.named_parameters())
+    assert any(not now[name].equal(p) for name, p in start.items())
+    assert all(now[name.replace(".default", ".ref")].equal(p) for name, p in start.items())

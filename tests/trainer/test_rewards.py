@@ -4,7 +4,7 @@ import pytest
 from helpers import SAMPLES, make_dataset, make_sample
 
 from ilvr.tasks import load_task
-from ilvr.trainer.inputs.prompts import make_prompts
+from ilvr.trainer import make_prompts
 from ilvr.trainer.rewards import accuracy_reward, format_reward, span_reward
 
 

@@ -52,3 +52,16 @@ def complete_peft_config(peft_config: Any, model: Any, *, freeze_vision: bool) -
         parts = "|".join(name.replace(".", r"\.") for name in vision_modules(model))
         peft_config.exclude_modules = rf"(.*\.)?({parts})(\..*)?"
     return peft_config
+
+
+def complete_reference_adapter(model: Any) -> None:
+    """Copies rows of trained tokens into TRL's adapter "ref", which is to be what training starts from.
+
+    TRL copies weights by names that go on after the adapter's; theirs end with it.
+    """
+    if not is_peft_model(model) or "ref" not in model.peft_config:
+        return
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name.endswith(".default"):
+            parameters[name.removesuffix("default") + "ref"].data.copy_(parameter.data)
