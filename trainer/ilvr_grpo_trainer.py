@@ -226,7 +226,8 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
             self.record(words.sum(), entropy=entropies[words].mean())
         if self.args.samples_latents and self._latents[0].shape[1]:
             is_latent = ids == self.student.config.latent_pad_token_id
-            densities = gaussian_log_density(self._latents[0], scored.predicted, self.args.latent_sigma)  # (B, S, K)
+            sigma = cast(float, self.args.latent_sigma)
+            densities = gaussian_log_density(self._latents[0], scored.predicted, sigma)  # (B, S, K)
             log_probs = scatter_spans(
                 log_probs.unsqueeze(-1), is_latent, densities.unsqueeze(-1), self._latents[1]
             ).squeeze(-1)
@@ -246,13 +247,13 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return SeededByEpoch(super()._get_train_sampler(dataset))
+        return SeededByEpoch(super()._get_train_sampler(dataset), self.args.seed)
 
     def _rollouts_file(self, folder: str) -> Path:
         return Path(folder, f"rollouts_{self.args.process_index}.pt")
 
     def save_method_state(self, folder: str) -> None:
-        whole = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        whole = self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) == 0
         state = {
             "step": self._step,
             "rollouts": None if whole else self._buffered_inputs,

@@ -6,20 +6,17 @@ Shapes: B batch, T sequence, S spans, K latents a span, D hidden.
 import copy
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ilvr import ILVRForConditionalGeneration
 from ilvr.latent_decoding import WholeSpansLogitsProcessor
 
 
 @contextmanager
-def rollouts_with_latents(
-    model: ILVRForConditionalGeneration, sigma: float | None = None
-) -> Generator[list[torch.Tensor]]:
+def rollouts_with_latents(model: Any, sigma: float | None = None) -> Generator[list[torch.Tensor]]:
     """Within it, `model.generate` ends no sequence within a span, and its latents are kept.
 
     `GRPOTrainer` calls `generate` in the midst of a method, through the wrappers of its engine and of an adapter, and
@@ -34,8 +31,8 @@ def rollouts_with_latents(
     """
     generate, config, latents = model.generate, model.config, []
 
-    def sample(predicted: torch.Tensor, span: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return predicted + sigma * torch.randn_like(predicted)
+    def draw(predicted: torch.Tensor, span: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return torch.normal(predicted, cast(float, sigma))
 
     def recorded(input_ids: torch.Tensor, generation_config: GenerationConfig, **inputs: Any) -> torch.Tensor:
         max_length = input_ids.shape[1] + generation_config.max_new_tokens
@@ -47,7 +44,7 @@ def rollouts_with_latents(
             generation_config=generation_config,
             logits_processor=LogitsProcessorList([whole]),
             output_latents=True,
-            latent_intervention=None if sigma is None else sample,
+            latent_intervention=None if sigma is None else draw,
             **inputs,
         )
         latents.extend(outputs.latents)

@@ -1,8 +1,9 @@
 """Orders of samples: of like ones, so that little of a batch is padding, and one that a resumed run finds again."""
 
+from typing import Any
+
 import torch
 from torch.utils.data import Sampler
-from trl.trainer.utils import RepeatSampler
 
 
 class SpanGroupedSampler(Sampler):
@@ -50,11 +51,12 @@ class SeededByEpoch(Sampler):
     second epoch starts with the order of the first.
 
     Args:
-        sampler ([`~trl.trainer.utils.RepeatSampler`]): with a seed.
+        sampler ([`~trl.trainer.utils.RepeatSampler`]).
+        seed (`int`): of the order, together with the epoch.
     """
 
-    def __init__(self, sampler: RepeatSampler) -> None:
-        self.sampler, self.epoch = sampler, 0
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -64,5 +66,5 @@ class SeededByEpoch(Sampler):
 
     def __iter__(self):
         if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch)
+            self.sampler.generator.manual_seed(self.seed + self.epoch)
         yield from self.sampler

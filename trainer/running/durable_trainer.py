@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from ilvr.hub_cards import ILVRModelCard
 
-from ..ilvr_training_config import ILVRTrainingConfig
 from ..watching.clock import StepClock, peak_gpu_memory
 from ..watching.step_log import StepLog
 from .adapters import ilvr_model
@@ -43,7 +42,7 @@ class DurableTrainer(_Trainer):
     Its `args` say by `freeze_vision_tower` whether the tower is trained.
     """
 
-    args: ILVRTrainingConfig
+    args: Any
     model: PreTrainedModel
     keeps_teacher: bool = False  # whether a second set of weights is averaged beside the trained ones
 
