@@ -32,7 +32,7 @@ class ShiftBoard:
         return len(self.rows)
 
     def shift(self, shift: str) -> "ShiftBoard":
-        """The board after a shift such as `"bL"`, row b left, or `"xD"`, column x down; the player moves with it.
+        """The board after a shift such as `"b L"`, row b left, or `"x D"`, column x down; the player moves with it.
 
         Raises:
             ValueError: if the board has no such shift.
@@ -41,7 +41,7 @@ class ShiftBoard:
             raise ValueError(
                 f"A {self.size}x{self.size} board has no shift {shift!r}; its shifts are {all_shifts(self.size)}."
             )
-        line, direction = shift
+        line, direction = shift.split()
         by = 1 if direction in "RD" else -1
         if direction in "LR":
             return self._shift_row(row_names(self.size).index(line), by)
@@ -62,9 +62,9 @@ class ShiftBoard:
 
 
 def all_shifts(size: int) -> list[str]:
-    """The shifts of a board: each row left and right, each column up and down; a word each."""
-    rows = [f"{row}{direction}" for row in row_names(size) for direction in "LR"]
-    return rows + [f"{column}{direction}" for column in column_names(size) for direction in "UD"]
+    """The shifts of a board: each row left and right, each column up and down."""
+    rows = [f"{row} {direction}" for row in row_names(size) for direction in "LR"]
+    return rows + [f"{column} {direction}" for column in column_names(size) for direction in "UD"]
 
 
 def sample_board(rng: random.Random, size: int, split: str, seed: int) -> ShiftBoard:

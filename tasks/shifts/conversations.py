@@ -19,7 +19,7 @@ Steps = list[tuple[str, ShiftBoard]]  # shifts with the board after each
 
 QUESTION, REPEAT = "Where does the player end? Shifts up to {}: {}. ", "Repeat the shifts up to {}: {}."
 WHERE, DESCRIBE = "Where is the player?", "Describe the board."
-BASE_SHIFTS = (1, 1, 2)  # what a small backbone is asked to do at once
+BASE_SHIFTS = (1, 2)  # what a small backbone is asked to do at once
 
 
 def numbered(shifts: Iterable[str], first_number: int = 1) -> str:

@@ -70,7 +70,7 @@ class Shifts(Task):
 
     title = "Shifts"
     metric = "boxed_exact_match"
-    prompt = question_of(["bL", "xD", "bR"], "trace")
+    prompt = question_of(["b L", "x D", "b R"], "trace")
     helper_question = WHERE
 
     def __post_init__(self) -> None:

@@ -21,12 +21,12 @@ BOARD = ShiftBoard(("FHG", "HFF", "GGH"), (1, 2))
 @pytest.mark.parametrize(
     "shift, rows, player",
     [
-        ("aL", ("HGF", "HFF", "GGH"), (1, 2)),  # another row: the player stays
-        ("bR", ("FHG", "FHF", "GGH"), (1, 0)),  # round the edge
-        ("bL", ("FHG", "FFH", "GGH"), (1, 1)),
-        ("xD", ("GHG", "FFF", "HGH"), (1, 2)),
-        ("zD", ("FHH", "HFG", "GGF"), (2, 2)),
-        ("zU", ("FHF", "HFH", "GGG"), (0, 2)),
+        ("a L", ("HGF", "HFF", "GGH"), (1, 2)),  # another row: the player stays
+        ("b R", ("FHG", "FHF", "GGH"), (1, 0)),  # round the edge
+        ("b L", ("FHG", "FFH", "GGH"), (1, 1)),
+        ("x D", ("GHG", "FFF", "HGH"), (1, 2)),
+        ("z D", ("FHH", "HFG", "GGF"), (2, 2)),
+        ("z U", ("FHF", "HFH", "GGG"), (0, 2)),
     ],
 )
 def test_shifts_worked_out_by_hand(shift, rows, player):
@@ -34,9 +34,9 @@ def test_shifts_worked_out_by_hand(shift, rows, player):
 
 
 def test_the_player_takes_the_tile_along():
-    """By bR from (1, 2) to (1, 0), xU to (0, 0), aL round to (0, 2), zD back to (1, 2)."""
+    """By b R from (1, 2) to (1, 0), x U to (0, 0), a L round to (0, 2), z D back to (1, 2)."""
     cells, board = [], BOARD
-    for shift in ("bR", "xU", "aL", "zD"):
+    for shift in ("b R", "x U", "a L", "z D"):
         board = board.shift(shift)
         cells.append((board.player, board.rows[board.player[0]][board.player[1]]))
     assert cells == [((1, 0), "F"), ((0, 0), "F"), ((0, 2), "F"), ((1, 2), "F")]
@@ -53,8 +53,8 @@ def test_each_shift_is_a_permutation_with_an_inverse(size):
         assert len({board.shift(shift).player for board in boards}) == size**2
         assert sorted("".join(boards[0].shift(shift).rows)) == sorted("".join(rows))
         for board in boards:
-            line, direction = shift
-            assert board.shift(shift).shift(f"{line}{inverse[direction]}") == board
+            line, direction = shift.split()
+            assert board.shift(shift).shift(f"{line} {inverse[direction]}") == board
             around = board
             for _ in range(size):
                 around = around.shift(shift)
@@ -62,8 +62,8 @@ def test_each_shift_is_a_permutation_with_an_inverse(size):
 
 
 def test_the_order_of_shifts_matters():
-    assert BOARD.shift("bR").shift("zD").player == (1, 0)
-    assert BOARD.shift("zD").shift("bR").player == (2, 2)
+    assert BOARD.shift("b R").shift("z D").player == (1, 0)
+    assert BOARD.shift("z D").shift("b R").player == (2, 2)
 
 
 def test_splits_are_disjoint_and_a_seed_fixes_everything():
@@ -137,9 +137,9 @@ def test_a_question_lists_shifts_that_it_does_not_ask_for():
         question = words_of(row, "user")
         listed = question.removeprefix(f"Where does the player end? Shifts up to {last}: ").split(".")[0].split()
         assert " ".join(listed).startswith(" ".join(numbered))
-        assert listed[::2] == [str(n) for n in range(metadata["first_number"], metadata["first_number"] + len(listed) // 2)]
+        assert listed[::3] == [str(n) for n in range(metadata["first_number"], metadata["first_number"] + len(listed) // 3)]
         assert words_of(row, "assistant").split(" \\boxed")[0].split() == " ".join(numbered).split()
-        more.add(len(listed) // 2 - len(numbered))
+        more.add(len(listed) // 3 - len(numbered))
     assert more == {0, 1, 2, 3}
     assert " 10" in "".join(task.texts())  # the last number listed
 
@@ -173,17 +173,17 @@ def test_base_asks_first_where_the_player_is():
         row, column = board.player
         letters = [line.split() for line in turns[3].split("\n")]
         assert letters[row][column] == "P" and sum(line.count("P") for line in letters) == 1
-        assert len(sample["images"]) == 1 and len(turns) == 12
-        for question, answer in zip(turns[4:10:2], turns[5:10:2]):
+        assert len(sample["images"]) == 1 and len(turns) == 10
+        for question, answer in zip(turns[4:8:2], turns[5:8:2]):
             words = question.split(": ")[1].split(".")[0].split()
             end = board
-            for shift in words[1::2]:
-                end = end.shift(shift)
+            for line, direction in zip(words[1::3], words[2::3]):
+                end = end.shift(f"{line} {direction}")
             assert answer == f" \\boxed{{{cell_name(end.player)}}}"
-        listed = turns[10].removeprefix("Repeat the shifts up to ").removesuffix(".")
+        listed = turns[8].removeprefix("Repeat the shifts up to ").removesuffix(".")
         last, shifts = listed.split(": ")
-        assert shifts.startswith(turns[11].strip()) and turns[11].split()[-2] == last
-        assert 4 <= len(turns[11].split()) // 2 <= 10
+        assert shifts.startswith(turns[9].strip()) and turns[9].split()[-3] == last
+        assert 4 <= len(turns[9].split()) // 3 <= 10
 
 
 def test_shifts_may_be_numbered_from_a_random_number():
@@ -194,7 +194,7 @@ def test_shifts_may_be_numbered_from_a_random_number():
     for sample, other in zip(task.dataset("train"), plain.dataset("train")):
         metadata = json.loads(sample["metadata"])
         words = words_of(sample, "assistant").split("\\boxed")[0].split()
-        numbers = [int(word) for word in words[::2]]
+        numbers = [int(word) for word in words[::3]]
         assert numbers == list(range(metadata["first_number"], metadata["first_number"] + len(metadata["shifts"])))
         assert f": {' '.join(words)}. Think" in words_of(sample, "user")
         assert sample["answer"] == other["answer"]  # numbers change nothing else
