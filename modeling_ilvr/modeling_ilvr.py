@@ -23,6 +23,8 @@ from .backbone_loading import (
     check_reference_ids,
     check_weights,
     load_adapter,
+    mean_word_norm,
+    resolve_latent_head,
     resolve_latent_size,
     without_local_path,
 )
@@ -306,7 +308,7 @@ class ILVRModel(ILVRPreTrainedModel):
             inputs = self._encode(input_ids, inputs)
             inputs = seat.ruled(inputs, self.get_input_embeddings()(input_ids))
         outputs = self.core(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
-        if self.training and self.config.latent_head != "identity":
+        if self.training and any(True for _ in self.latent_head.parameters()):
             # A rank whose batch has no span gives its latent head a gradient too, of zero, or DDP would wait.
             hidden = outputs.last_hidden_state
             outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
@@ -329,18 +331,22 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
 
     @classmethod
     def from_backbone(
-        cls, name_or_path: str, *, latent_size: int | None = None, latent_head: str = "identity", **kwargs: Any
+        cls, name_or_path: str, *, latent_size: int | None = None, latent_head: str | None = None, **kwargs: Any
     ) -> "ILVRForConditionalGeneration":
         """Starts an ILVR model from a plain vision-language checkpoint.
 
         Adds the three latent tokens (the ids that [`ILVRProcessor.from_backbone`] gives them) and, where the
         vocabulary has no spare rows, resizes the embeddings. A checkpoint of the paper's reference code, recognised by
-        `latent_token_id` in its config, keeps its ids and its latent size.
+        `latent_token_id` in its config, keeps its ids, its latent size and its feedback.
+
+        Under `"rescale"` latents have the mean norm of a word's embedding until stage 1 measures that of its targets;
+        on the meta device, where there is none, `latent_norm` stays at the config's default.
 
         Args:
             name_or_path (`str`): Hub id or folder of the backbone.
             latent_size (`int`, *optional*, defaults to 8, or that of a reference checkpoint): K.
-            latent_head (`str`, *optional*, defaults to `"identity"`): see [`ILVRConfig`].
+            latent_head (`str`, *optional*, defaults to `"rescale"`, or `"identity"` for a reference checkpoint): see
+                [`ILVRConfig`]; `"identity"` is the paper's.
             kwargs: passed to `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
@@ -358,7 +364,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         config = ILVRConfig(
             vlm_config=vlm_config,
             latent_size=latent_size,
-            latent_head=latent_head,
+            latent_head=resolve_latent_head(vlm_config, latent_head),
             latent_start_token_id=ids[0],
             latent_pad_token_id=ids[1],
             latent_end_token_id=ids[2],
@@ -377,10 +383,8 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         model.model.latent_head.to_empty(device=vlm.device)
         model.model.latent_head.apply(model._init_weights)
         model.model.latent_head.to(vlm.dtype)
-        words = vlm.get_input_embeddings().weight.detach()
-        if latent_head == "rescale" and not words.is_meta:
-            # A word's size, until stage 1 has measured that of the features it aligns latents with.
-            config.latent_norm = float(words.norm(dim=-1, dtype=torch.float32).mean())
+        if config.latent_head == "rescale" and vlm.device.type != "meta":
+            config.latent_norm = mean_word_norm(vlm)
         model.generation_config = vlm.generation_config
         model.tie_weights()
         return model.eval()

@@ -14,10 +14,10 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from trl import SFTTrainer
 
-from ilvr import ILVRProcessor
+from ilvr import ILVRConfig, ILVRProcessor
 from ilvr.latent_attention import AttentionRule
 from ilvr.latent_spans import chunk_bounds
 
@@ -158,8 +158,6 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             with args.main_process_first(desc="selecting targets"):
                 self.train_dataset = self.select_once(self.train_dataset)
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self.select_once(dataset))
-        if self.select_targets is not None and args.stage == 1 and self.student.config.latent_head == "rescale":
-            self.student.config.latent_norm = self._target_norm()
 
     def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
         asks = SELECTORS[self.args.selection_method].asks_teacher
@@ -340,20 +338,31 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return [self.student.config.latent_size, *(getattr(self.args, name) for name in names)]
 
     @torch.no_grad()
-    def _target_norm(self) -> float:
-        """The mean L2 norm of the targets of some samples."""
-        rows = [row for row in islice(cast(Any, self.train_dataset), 512) if row["num_spans"]][:64]
+    def measure_latent_norm(self) -> None:
+        """Under `latent_head="rescale"`, sets the norm of latents to the mean norm of the targets of 64 samples.
+
+        Before the first step of stage 1, when engines have put the weights where they compute; a run that goes on
+        reads it from its checkpoint.
+        """
+        config, dataset = self.student.config, cast(Any, self.train_dataset)
+        if self.args.stage != 1 or config.latent_head != "rescale":
+            return
+        if isinstance(dataset, Dataset):
+            numbers = [i for i, count in enumerate(dataset["num_spans"]) if count][:64]
+            rows = [dataset[i] for i in numbers]
+        else:
+            rows = list(islice((row for row in islice(dataset, 512) if row["num_spans"]), 64))
         if not rows:
             raise ValueError(
                 "latent_head='rescale' measures the features of helper images, and the first 512 samples have none. "
-                "Shuffle the data."
+                "Shuffle the data, or start the model with latent_head='identity'."
             )
         norms = []
         for start in range(0, len(rows), 16):
             with self.accelerator.autocast():
                 selection = cast(TargetSelector, self.select_targets)(self._batch_of(rows[start : start + 16]))
             norms.append(cast(Selection, selection).targets.norm(dim=-1)[cast(Selection, selection).mask])
-        return float(torch.cat(norms).mean())
+        config.latent_norm = float(torch.cat(norms).mean())
 
     @torch.no_grad()
     def _encode_batch(self, inputs: dict[str, torch.Tensor]):
@@ -382,13 +391,16 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
     def save_method_state(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.save(folder, self.args.should_save)
+        if self.args.should_save:
+            self.student.config.save_pretrained(folder)  # which sharded checkpoints do not hold otherwise
 
     def load_method_state(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.load(folder)
+        self.student.config.latent_norm = ILVRConfig.from_pretrained(folder).latent_norm  # measured at the first step
 
     def method_files(self) -> list[str]:
-        return [] if self.teacher is None else [TEACHER_FILE]
+        return [CONFIG_NAME] if self.teacher is None else [TEACHER_FILE, CONFIG_NAME]
 
     def run_settings(self) -> dict[str, Any]:
         return {"stage": self.args.stage, "attention_rule": self._rule_name(), **super().run_settings()}
