@@ -30,6 +30,7 @@ from .backbone_loading import (
 )
 from .configuration_ilvr import ILVRConfig
 from .latent_attention import AttentionRule, AttentionSeat
+from .latent_decoding import Intervention
 from .latent_filling import fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
 from .latent_sequences import Sequences, encode_inputs
@@ -176,6 +177,7 @@ class ILVRModel(ILVRPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
         min_chunks: int | None = None,
@@ -197,6 +199,9 @@ class ILVRModel(ILVRPreTrainedModel):
             latent_values (`torch.FloatTensor` of shape `(B, S, K, D)`, *optional*): latents to put in.
             latent_mask (`torch.BoolTensor` of shape `(B, S, K)`, *optional*, defaults to all): which of them are put
                 in; the other positions keep the embedding of `<|latent_pad|>`.
+            latent_intervention (`Callable`, *optional*): replaces the model's own latents before they are used, as in
+                `generate`: called for each column with latents as `latent_intervention(latents, span, index)`. What it
+                returns may depend on the latents of other rows; the gradient flows through it.
             jacobi_iterations (`int`, *optional*): computes the latents by this many forwards that each refine all of
                 them (Jacobi iteration, arXiv 2506.18582), in place of one forward a latent. Exact from S * K - 1
                 iterations on; `predicted_latents` are what one more would give, and tell how far the others are.
@@ -213,8 +218,14 @@ class ILVRModel(ILVRPreTrainedModel):
 
         Raises:
             ValueError: if there are not either ids or embeddings, `latent_values` do not fit, a sequence starts inside
-                a span, the numbers of iterations are out of range, or the backbone cannot follow an `attention_rule`.
+                a span, the numbers of iterations are out of range, a `latent_intervention` is given beside latents
+                that are not computed one after the other, or the backbone cannot follow an `attention_rule`.
         """
+        if latent_intervention is not None and (latent_values is not None or jacobi_iterations is not None):
+            raise ValueError(
+                "A latent_intervention replaces latents that are computed one after the other. Leave latent_values "
+                "and jacobi_iterations out."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         inputs = {
@@ -246,7 +257,7 @@ class ILVRModel(ILVRPreTrainedModel):
             if case is ForwardCase.FORCED:
                 outputs, latents = fill_forced(*parts, latent_values, latent_mask)
             elif case is ForwardCase.WALK:
-                outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback)
+                outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback, latent_intervention)
             else:
                 outputs, latents = fill_in_parallel(*parts, jacobi_iterations, jacobi_gradient_iterations)
         state.grow(num_columns, seat.columns)
@@ -455,6 +466,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
         min_chunks: int | None = None,
@@ -496,6 +508,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             mm_encoder_outputs=mm_encoder_outputs,
             latent_values=latent_values,
             latent_mask=latent_mask,
+            latent_intervention=latent_intervention,
             jacobi_iterations=jacobi_iterations,
             jacobi_gradient_iterations=jacobi_gradient_iterations,
             min_chunks=min_chunks,

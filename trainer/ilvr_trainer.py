@@ -19,14 +19,16 @@ from trl import SFTTrainer
 
 from ilvr import ILVRConfig, ILVRProcessor
 from ilvr.latent_attention import AttentionRule
+from ilvr.latent_decoding import Intervention
 from ilvr.latent_spans import chunk_bounds
 
 from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, prepare_for
+from .inputs.data_preparation import PREPARED_COLUMNS, add_tells_answer, prepare_for
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
+from .latent_swaps import draw_donors, swap_last_spans
 from .losses import token_loss, token_statistics
 from .relevance import RELEVANCES, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
@@ -118,6 +120,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         prepare = partial(prepare_for, processor=processing_class, args=args)
         with args.main_process_first(desc="preparation"):
             train_dataset, eval_dataset = prepare(train_dataset), _each(eval_dataset, prepare)
+            if args.swap_latents:
+                train_dataset = add_tells_answer(train_dataset)
 
         own: list[TrainerCallback] = []
         if self.keeps_teacher:
@@ -201,7 +205,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        batch = LatentBatch.of(inputs)
+        batch, intervention = LatentBatch.of(inputs), None
+        if self.args.swap_latents and model.training:
+            batch, intervention = self._swap_latents(batch)
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         batch.inputs = inputs = self.encode_user_images(batch.inputs)
@@ -219,6 +225,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         outputs = model(
             **inputs,
             **self.student_inputs(inputs, selection, training=model.training),
+            latent_intervention=intervention,
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
             jacobi_iterations=self.args.jacobi_iterations,
             jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
@@ -246,6 +253,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.record(len(spans), spans_per_sample=spans.float().mean())
         self.record_tokens(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _swap_latents(self, batch: LatentBatch) -> tuple[LatentBatch, Intervention | None]:
+        start_id = self.student.config.latent_start_token_id
+        donors = draw_donors(batch, self.args.swap_latents, start_id)
+        swapped = donors != torch.arange(len(donors), device=donors.device)
+        self.record(len(donors), swapped_share=swapped.float().mean())
+        return swap_last_spans(batch, donors, start_id) if swapped.any() else (batch, None)
 
     def _alignment(self, latents: torch.Tensor, selection: Selection) -> torch.Tensor:
         """The alignment loss of the predicted latents (B, S, K, D); it and what belongs to it are recorded."""
@@ -414,6 +428,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "attention rule": self._rule_name(),
             "image dropout": args.image_dropout and f"{args.image_dropout}, {args.image_dropout_schedule}",
             "own latents": args.own_latents,
+            "swapped latents": args.swap_latents,
         }
         given = {name: value for name, value in given.items() if value}
         if not args.aligns:
