@@ -58,7 +58,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         train_dataset, eval_dataset (`Dataset`, `IterableDataset` or, for eval, a `dict` of them):
             conversations in TRL's vision format; an image part in an assistant turn is a helper image.
         processing_class ([`ILVRProcessor`], *optional*): loaded from the model's repository if not given.
-        callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`].
+        callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`]; the `train_sampler` of one
+            that has such draws the samples.
         peft_config (`PeftConfig`, *optional*): trains an adapter, completed by what latent spans need.
         attention_rule (`Callable`, *optional*): which columns the student may see, such as
             [`hide_images_after_first_span`]; the teacher sees all. Give `generate` the same.
@@ -188,6 +189,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "train_sampler"):
+                return callback.train_sampler
         is_sized = has_length(dataset)
         if self.args.train_sampling_strategy != "group_by_length" or not is_sized:
             return super()._get_train_sampler(train_dataset)

@@ -32,6 +32,8 @@ HELPER_PROMPTS, TARGET_INDICES = "helper_prompts", "target_indices"
 FOLLOWED_PATCHES = "followed_patches"
 # Of tasks that know it: whether the words after the last span follow from its latents alone.
 TELLS_ANSWER = "tells_answer"
+# Of data for a ladder: how difficult a sample is, from 0.
+LEVEL = "level"
 # What preparation adds to a data set: ids, and which of its images are the user's and which are helper images.
 FEATURES = Features(
     {

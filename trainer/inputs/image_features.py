@@ -23,6 +23,7 @@ from .data_preparation import (
     FOLLOWED_PATCHES,
     HELPER_IMAGES,
     HELPER_PROMPTS,
+    LEVEL,
     TELLS_ANSWER,
     USER_IMAGES,
     processor_key,
@@ -115,7 +116,7 @@ def cache_images(
             encoded[column] = [pack(row, dtype) for row in _features(tensors, encode_batch)]
         return encoded
 
-    kept = (*FEATURES, HELPER_PROMPTS, FOLLOWED_PATCHES, TELLS_ANSWER)
+    kept = (*FEATURES, HELPER_PROMPTS, FOLLOWED_PATCHES, TELLS_ANSWER, LEVEL)
     kept = [name for name in kept if name not in (USER_IMAGES, HELPER_IMAGES)]
     kept = [name for name in kept if name in dataset.column_names]
     binary = {USER_IMAGES: Value("binary"), HELPER_IMAGES: Value("binary")}
