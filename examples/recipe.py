@@ -22,7 +22,9 @@ class Recipe:
     )
     model_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of from_pretrained."})
     latent_size: int = field(default=8, metadata={"help": "Latents in a span."})
-    latent_head: str = field(default="identity", metadata={"help": "identity, rescale, linear or mlp."})
+    latent_head: str | None = field(
+        default=None, metadata={"help": "rescale, identity (paper), linear or mlp. Default: that of from_backbone."}
+    )
     dataset: str | None = field(default=None, metadata={"help": "File, folder or Hub id for `load_conversations`."})
     dataset_kwargs: dict = field(default_factory=dict, metadata={"help": "Further arguments of it: image_root, …"})
     task: str | None = field(default=None, metadata={"help": "Task for `load_task`: tests, and training data."})

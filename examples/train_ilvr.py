@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from recipe import Recipe, phases_of
 from small_qwen import build_small_qwen
 from transformers import TrainerState
@@ -58,9 +58,13 @@ def train(phase: str, settings: dict[str, Any], data: Dataset, model, processor,
     return trainer.model_card()
 
 
+def backbone_of(recipe: Recipe) -> str:
+    return recipe.backbone or f"{recipe.output_dir}/backbone"
+
+
 def start(recipe: Recipe):
     """The model and processor that training starts from."""
-    backbone = recipe.backbone or f"{recipe.output_dir}/backbone"
+    backbone = backbone_of(recipe)
     torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
     options = {"latent_size": recipe.latent_size}
     processor = ILVRProcessor.from_backbone(backbone, **options)
@@ -70,10 +74,9 @@ def start(recipe: Recipe):
 
 def load(recipe: Recipe, phase: str):
     """What a phase saved: a model, or an adapter over the backbone."""
+    adapter = {"backbone": backbone_of(recipe), "is_trainable": True} if recipe.lora else {}
     folder = f"{recipe.output_dir}/{phase}"
-    if recipe.lora:
-        return PeftModel.from_pretrained(start(recipe)[0], folder, is_trainable=True)
-    return ILVRForConditionalGeneration.from_pretrained(folder, **recipe.model_kwargs)
+    return ILVRForConditionalGeneration.from_pretrained(folder, **adapter, **recipe.model_kwargs)
 
 
 def main(recipe: Recipe) -> None:

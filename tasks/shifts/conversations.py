@@ -89,6 +89,7 @@ def conversation(
         "shifts": shifts,
         "first_number": first_number,
         "followed": [patch_of(after.player, board.size) for _, after in steps],
+        "tells_answer": True,
     }
     return builder.finish(metadata, set(), answer)
 

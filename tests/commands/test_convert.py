@@ -94,6 +94,7 @@ def test_conversion(backbone_dir, tmp_path, tie_word_embeddings, capsys):
     assert pad < start < end and processor.latent_token_ids == (start, pad, end)
     assert (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id) == (start, pad, end)
     assert config.latent_size == processor.latent_size == SIZE
+    assert config.latent_head == "identity"  # as the reference code trains
     assert not hasattr(config.vlm_config, "latent_token_id")
     assert str(tmp_path) not in (out / "config.json").read_text()
 
