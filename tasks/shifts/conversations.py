@@ -97,7 +97,7 @@ def conversation(
 def base_conversation(
     board: ShiftBoard, questions: list[tuple[Steps, int]], repeated: list[str], asked: int
 ) -> dict[str, Any]:
-    """What a small backbone learns to do at first: several questions about one picture, where the player is before all.
+    """What a small backbone learns first: several questions about one picture, before all where the player is.
 
     Args:
         board (`ShiftBoard`): in the picture.

@@ -44,8 +44,8 @@ class Shifts(Task):
             lengths of 4 to 10, `(1, 13)` trains all numbers up to 22.
         test_number_from (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): and of a test.
         touch (`float`, *optional*, defaults to 0.6): share of shifts drawn from those that move the player.
-        names_shifts (`bool`, *optional*, defaults to `True`): whether steps name the shift, or its number alone, so that
-            it has to be looked up in the question.
+        names_shifts (`bool`, *optional*, defaults to `True`): whether steps name the shift, or its number alone, so
+            that it has to be looked up in the question.
         latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.
         seed (`int`, *optional*, defaults to 0): fixes boards, splits and shifts.
 

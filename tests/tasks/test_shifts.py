@@ -137,9 +137,10 @@ def test_a_question_lists_shifts_that_it_does_not_ask_for():
         question = words_of(row, "user")
         listed = question.removeprefix(f"Where does the player end? Shifts up to {last}: ").split(".")[0].split()
         assert " ".join(listed).startswith(" ".join(numbered))
-        assert listed[::3] == [str(n) for n in range(metadata["first_number"], metadata["first_number"] + len(listed) // 3)]
+        first, number = metadata["first_number"], len(listed) // 3
+        assert listed[::3] == [str(n) for n in range(first, first + number)]
         assert words_of(row, "assistant").split(" \\boxed")[0].split() == " ".join(numbered).split()
-        more.add(len(listed) // 3 - len(numbered))
+        more.add(number - len(numbered))
     assert more == {0, 1, 2, 3}
     assert " 10" in "".join(task.texts())  # the last number listed
 
