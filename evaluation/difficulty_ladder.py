@@ -14,10 +14,9 @@ from transformers.trainer_callback import ExportableState
 from ilvr.trainer import ILVRTrainer
 from ilvr.trainer.inputs.data_preparation import LEVEL
 from ilvr.trainer.inputs.sampler import LadderSampler
-from ilvr.trainer.running.sharding import is_sharded
 
+from .in_training import evaluating, evaluator_of
 from .questions import Questions
-from .records import Evaluator
 
 
 def join_levels(levels: list[Dataset]) -> Dataset:
@@ -85,17 +84,10 @@ class DifficultyLadder(TrainerCallback, ExportableState):
         self._check(trainer, tests)
         self.trainer = trainer
         self.every, self.threshold, self.patience, self.fall_back = every, threshold, patience, fall_back
-        asked = [Questions.of_dataset(test) if isinstance(test, Dataset) else test for test in tests]
-        self.evaluators = [
-            Evaluator(
-                *(trainer.student, trainer.processing_class, questions.select(num_samples)),
-                batch_size=batch_size,
-                **generate_kwargs,
-            )
-            for questions in asked
-        ]
+        self.evaluators = [evaluator_of(trainer, test, num_samples, batch_size, **generate_kwargs) for test in tests]
         self.streak = 0  # evaluations in a row at which the present level was mastered
-        levels = list(trainer.train_dataset[LEVEL])
+        dataset: Any = trainer.train_dataset
+        levels = list(dataset[LEVEL])
         self.train_sampler = LadderSampler(levels, rehearsal=rehearsal, seed=trainer.args.seed)
 
     @staticmethod
@@ -114,8 +106,6 @@ class DifficultyLadder(TrainerCallback, ExportableState):
             raise ValueError("A ladder draws by level. Leave train_sampling_strategy='group_by_length' out.")
         if args.restore_callback_states_from_checkpoint:
             raise ValueError("A ladder reads its state itself. Set restore_callback_states_from_checkpoint=False.")
-        if is_sharded(trainer.accelerator):
-            raise ValueError("A ladder lets the model generate, which a sharded one cannot. Train with DDP or ZeRO-2.")
 
     # ------------------------------------------------------------------------------------------------- what is saved
 
@@ -127,7 +117,8 @@ class DifficultyLadder(TrainerCallback, ExportableState):
         if state.global_step == 0:  # a run of its own, which counts its draws anew
             self.streak, self.train_sampler.history = 0, [[0, self.train_sampler.level]]
             return
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        states: Any = state.stateful_callbacks
+        saved = states.get(type(self).__name__)
         if saved is None:
             raise ValueError("The checkpoint was trained without a ladder. Resume without it, or start anew.")
         self.streak, self.train_sampler.history = saved["attributes"]["streak"], saved["attributes"]["history"]
@@ -140,15 +131,11 @@ class DifficultyLadder(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every:
             return
-        model, level = self.trainer.model, self.train_sampler.level
-        training = model.training
-        model.eval()  # the trainer logs by this, and keeps the sums of training
-        try:
+        level = self.train_sampler.level
+        with evaluating(self.trainer):
             # Of one process for all: they have to agree.
             found = broadcast_object_list([[self.accuracy(i) for i in range(max(level - 1, 0), level + 1)]])[0]
             self.trainer.log({"ladder_level": level, "ladder_accuracy": found[-1]})
-        finally:
-            model.train(training)
         self.streak = self.streak + 1 if found[-1] >= self.threshold else 0
         if level > 0 and found[0] < self.fall_back:
             self._move_to(level - 1)
@@ -161,6 +148,5 @@ class DifficultyLadder(TrainerCallback, ExportableState):
 
     def accuracy(self, level: int) -> float:
         """The share of right answers to the held-out questions of a level, of the model as it is."""
-        with self.trainer.accelerator.autocast():
-            right = self.evaluators[level].run().right
+        right = self.evaluators[level].run().right
         return sum(right) / len(right)

@@ -35,6 +35,7 @@ def draw_donors(batch: LatentBatch, share: float, start_id: int) -> torch.Tensor
     facts = torch.stack([last, (batch.inputs["input_ids"] == start_id).sum(1), words], dim=1)  # (B, 3)
     alike = (facts.unsqueeze(1) == facts).all(-1)  # (B, B)
     drawn = torch.rand(len(last), device=last.device) < share
+    assert batch.tells_answer is not None
     tells = batch.tells_answer & (last >= 0)
     fits = alike & (tells & drawn).unsqueeze(1) & (tells & ~drawn)
     chosen = torch.rand(fits.shape, device=last.device).masked_fill(~fits, -1).argmax(1)
