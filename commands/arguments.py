@@ -1,0 +1,158 @@
+"""What each command takes. Imports nothing that is slow to import."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "max_help_position": 28})
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; options are written `--with_underscores`, as those of transformers, or `--with-dashes`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def add(self, *names: str, **kwargs: Any) -> None:
+        """Adds an argument; the help says the default of an option that has one."""
+        if kwargs.get("default") is not None and "help" in kwargs:
+            kwargs["help"] += " (default: %(default)s)"
+        self.add_argument(*names, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = [_underscored(arg) for arg in args]
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}.")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. --help lists all.\n")
+
+
+def _underscored(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"ilvr {version('ilvr')}")
+        parser.exit()
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; what it parses has the name of the command in `command`."""
+    parser = Parser(prog="ilvr", description="Vision-language models that think in latents.")
+    parser.add("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, epilog, add_arguments) in COMMANDS.items():
+        own = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog)
+        add_arguments(own)
+        own.add("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------- what several take
+
+
+def _add_json(parser: Parser) -> None:
+    parser.add("--json", action="store_true", help="print JSON, for machines")
+
+
+def _add_source(parser: Parser, split: str) -> None:
+    formats = "native, reference, mirage, zebra_cot or monet; by default recognised from the fields"
+    parser.add("--format", help=formats if split == "train" else f"vsp, {formats}")
+    parser.add("--image_root", help="folder that holds all images; by default that of the data")
+    parser.add("--split", default=split, help="split of a folder or Hub id")
+    parser.add("--name", help="configuration of a Hub id")
+
+
+def _add_model_options(parser: Parser) -> None:
+    parser.add("--dtype", default="auto", help="of the weights; `auto` is that of the checkpoint")
+    parser.add("--attn_implementation", help="eager, sdpa, …")
+
+
+def _add_questions(parser: Parser) -> None:
+    parser.add("--output", required=True, help="folder of records and results")
+    parser.add("--task", help="task of ilvr.tasks, or package.module:Class")
+    parser.add("--task_settings", default="{}", help="settings of the task, as JSON")
+    parser.add("--form", default="trace", help="form of the task's questions: trace, answer or text")
+    parser.add("--dataset", help=".jsonl or .json file, folder or Hub id")
+    _add_source(parser, "test")
+    parser.add("--metric", help="boxed_exact_match, multiple_choice, …; by default what fits")
+    parser.add("--samples", type=int, help="how many questions, evenly spread; by default all")
+    parser.add("--batch_size", type=int, default=64, help="questions answered at once")
+    parser.add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    _add_model_options(parser)
+    parser.add("--seed", type=int, default=0, help="of noise")
+    _add_json(parser)
+
+
+CONTROLS = (
+    "another_sample, position_mean, first_latent, noise_0.1, noise_0.3, noise_1.0, zeros, oracle, markers_only, "
+    "no_spans, hidden_image"
+)
+CONTROLS_HELP = f"none, small (another_sample, zeros), all, or names with commas between: {CONTROLS}"
+
+# -------------------------------------------------------------------------------------------------- one function each
+
+
+def _evaluate(parser: Parser) -> None:
+    parser.add("model", help="folder or Hub id of an ILVR checkpoint")
+    _add_questions(parser)
+    parser.add("--controls", default="small", help=CONTROLS_HELP)
+    parser.add("--control_samples", type=int, default=64, help="questions asked under controls, evenly spread")
+
+
+def _audit(parser: Parser) -> None:
+    parser.add("models", nargs="+", help="folders or Hub ids of ILVR checkpoints")
+    _add_questions(parser)
+    parser.add("--controls", default="all", help=CONTROLS_HELP)
+    parser.add("--pictured", type=int, default=3, help="samples pictured for each model")
+
+
+def _check_data(parser: Parser) -> None:
+    parser.add("path", help=".jsonl or .json file, folder or Hub id")
+    _add_source(parser, "train")
+    parser.add("--processor", help="checkpoint or backbone (Hub id or folder) to count tokens with")
+    parser.add("--max_length", type=int, help="longest sample allowed, in tokens")
+    parser.add("--decode_images", action="store_true", help="decode each image, and not only its header")
+    parser.add("--output", help="write the report to this JSON file")
+    _add_json(parser)
+
+
+def _convert(parser: Parser) -> None:
+    parser.add("checkpoint", help="folder or Hub id of the reference checkpoint")
+    parser.add("output_dir", help="new folder for the ILVR checkpoint")
+    parser.add("--dtype", default="auto", help="of the saved weights; `auto` is that of the checkpoint")
+
+
+# name: what it does, examples, what it takes
+COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
+    "evaluate": (
+        "answer questions with a checkpoint, score them, replace its latents",
+        "example:\n  ilvr evaluate runs/ilvr/stage2 --dataset test.jsonl --metric multiple_choice --output runs/test",
+        _evaluate,
+    ),
+    "audit": (
+        "say whether models use their latents, and what these hold: numbers, a verdict, a page",
+        "example:\n  ilvr audit runs/ilvr/stage1 runs/ilvr/stage2 --dataset test.jsonl --output runs/audit",
+        _audit,
+    ),
+    "check-data": (
+        "report what is in a data set and what is wrong with it; loads no model",
+        "example:\n  ilvr check-data train.jsonl --image_root images --decode_images",
+        _check_data,
+    ),
+    "convert": (
+        "turn a checkpoint of the paper's code into an ILVR checkpoint",
+        "example:\n  ilvr convert reference-checkpoint ilvr-7b --dtype bfloat16",
+        _convert,
+    ),
+}
