@@ -2,7 +2,10 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from typing import Any, NoReturn
+
+from .recipe import Recipe
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -18,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def add(self, *names: str, **kwargs: Any) -> None:
         """Adds an argument; the help says the default of an option that has one."""
-        if kwargs.get("default") is not None and "help" in kwargs:
+        if kwargs.get("default") not in (None, argparse.SUPPRESS, []):
             kwargs["help"] += " (default: %(default)s)"
         self.add_argument(*names, **kwargs)
 
@@ -103,6 +106,34 @@ CONTROLS_HELP = f"none, small (another_sample, zeros), all, or names with commas
 # -------------------------------------------------------------------------------------------------- one function each
 
 
+def _train(parser: Parser) -> None:
+    parser.add("config", nargs="?", default=argparse.SUPPRESS, help="recipe, a YAML file of the fields below")
+    parser.add_argument("--config", help=argparse.SUPPRESS)  # the same, as TRL's scripts have it
+    parser.add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field, or a part of one")
+    parts = []
+    for field in fields(Recipe):
+        if field.default is MISSING:
+            parts.append(f"  {field.name:<20} {field.metadata['help']}")
+        elif isinstance(field.default, bool):
+            parser.add(
+                f"--{field.name}", nargs="?", const=True, type=_bool, metavar="BOOL", help=field.metadata["help"]
+            )
+        else:
+            kind = str if field.default is None else type(field.default)
+            default = "" if field.default is None else f" (default: {field.default})"
+            parser.add(f"--{field.name}", type=kind, help=field.metadata["help"] + default)
+    parser.epilog = "\n".join(["fields with parts, for the recipe and --set:", *parts, "", parser.epilog or ""])
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+_bool.__name__ = "bool"  # for argparse's message
+
+
 def _evaluate(parser: Parser) -> None:
     parser.add("model", help="folder or Hub id of an ILVR checkpoint")
     _add_questions(parser)
@@ -135,6 +166,12 @@ def _convert(parser: Parser) -> None:
 
 # name: what it does, examples, what it takes
 COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
+    "train": (
+        "train a model on data of your own or on a task, in two stages, test it, and write a report",
+        "examples:\n  ilvr train recipe.yaml --dataset train.jsonl --test_dataset test.jsonl\n"
+        "  ilvr train recipe.yaml --seed 1 --set stage1.max_steps=10 --set training.learning_rate=1e-5",
+        _train,
+    ),
     "evaluate": (
         "answer questions with a checkpoint, score them, replace its latents",
         "example:\n  ilvr evaluate runs/ilvr/stage2 --dataset test.jsonl --metric multiple_choice --output runs/test",

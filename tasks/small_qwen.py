@@ -1,6 +1,7 @@
 """A small Qwen2.5-VL or Qwen3-VL from its config, with a tokenizer trained in place: a backbone without a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,7 +41,7 @@ def train_tokenizer(
     chat_template: str = CHAT_TEMPLATE,
     eos_token: str = "<|im_end|>",
     pad_token: str = "<|endoftext|>",
-    **kwargs,
+    **kwargs: Any,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Qwen's special tokens, or those of another backbone."""
     tokenizer = Tokenizer(models.BPE())

@@ -1,6 +1,6 @@
-"""Answers the questions of a data set with a checkpoint, as a user of the Hub would: without `ilvr` installed.
+"""Answers the questions of a data set with a checkpoint, as a user of the Hub would: without `ilvr` imported.
 
-python examples/generate_answers.py CHECKPOINT DATASET OUTPUT.json
+python evaluation/fresh_process.py CHECKPOINT DATASET OUTPUT.json
 
 The data set is a folder that `save_to_disk` wrote, with `messages` and `images`; each sample's first question, all its
 turns and images before the first answer, is asked.
