@@ -134,6 +134,18 @@ def _bool(text: str) -> bool:
 _bool.__name__ = "bool"  # for argparse's message
 
 
+def _generate(parser: Parser) -> None:
+    parser.add("model", help="folder or Hub id of an ILVR checkpoint")
+    parser.add("image", help="file of the picture that is asked about")
+    parser.add("question", help="what is asked")
+    parser.add("--picture", help="write what the latents resemble to this PNG")
+    parser.add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add("--temperature", type=float, default=0.0, help="of sampled words; 0: the likeliest ones")
+    parser.add("--seed", type=int, default=0, help="of sampled words")
+    _add_model_options(parser)
+    _add_json(parser)
+
+
 def _evaluate(parser: Parser) -> None:
     parser.add("model", help="folder or Hub id of an ILVR checkpoint")
     _add_questions(parser)
@@ -171,6 +183,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         "examples:\n  ilvr train recipe.yaml --dataset train.jsonl --test_dataset test.jsonl\n"
         "  ilvr train recipe.yaml --seed 1 --set stage1.max_steps=10 --set training.learning_rate=1e-5",
         _train,
+    ),
+    "generate": (
+        "answer a question about a picture, word for word, with the latents between the words",
+        'example:\n  ilvr generate runs/ilvr/stage2 photo.png "Which cup hides the ball?" --picture latents.png',
+        _generate,
     ),
     "evaluate": (
         "answer questions with a checkpoint, score them, replace its latents",
