@@ -170,6 +170,25 @@ def _check_data(parser: Parser) -> None:
     _add_json(parser)
 
 
+def _card(parser: Parser) -> None:
+    parser.add("model_dir", help="folder of a checkpoint")
+    parser.add("--repo_id", help="Hub id that the card's code loads; by default what is saved")
+    parser.add("--base_model", help="Hub id of the backbone")
+    parser.add("--license", help="of the weights; by default that of the base model's card")
+    parser.add("--dataset", help="Hub id of the training data")
+
+
+def _push(parser: Parser) -> None:
+    parser.add("model_dir", help="folder of a checkpoint; its subfolders stay")
+    parser.add("repo_id", help="where to: USER/NAME; created if there is none")
+    parser.add("--dry_run", action="store_true", help="say which files would go, and upload none")
+    parser.add("--private", action="store_true", help="if the repository is created, only you see it")
+    parser.add("--revision", help="branch to upload to, created if there is none; by default main")
+    parser.add("--tag", help="name of a tag for what is uploaded")
+    parser.add("--message", help="of the commit")
+    _add_json(parser)
+
+
 def _convert(parser: Parser) -> None:
     parser.add("checkpoint", help="folder or Hub id of the reference checkpoint")
     parser.add("output_dir", help="new folder for the ILVR checkpoint")
@@ -203,6 +222,17 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         "report what is in a data set and what is wrong with it; loads no model",
         "example:\n  ilvr check-data train.jsonl --image_root images --decode_images",
         _check_data,
+    ),
+    "card": (
+        "write a checkpoint's model card again, from what is saved beside its weights",
+        "example:\n  ilvr card runs/ilvr/stage2 --repo_id USER/NAME --base_model Qwen/Qwen2.5-VL-7B-Instruct",
+        _card,
+    ),
+    "push": (
+        "upload a checkpoint to the Hub, with the token of `hf auth login`",
+        "examples:\n  ilvr push runs/ilvr/stage2 USER/NAME --dry_run\n"
+        "  ilvr push runs/ilvr/stage2 USER/NAME --private --tag v1",
+        _push,
     ),
     "convert": (
         "turn a checkpoint of the paper's code into an ILVR checkpoint",
