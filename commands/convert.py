@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from argparse import Namespace
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
@@ -57,7 +58,8 @@ def convert_checkpoint(checkpoint: str, output_dir: str, *, dtype: str = "auto")
             f"A weight file of {checkpoint} is damaged or holds more than tensors, and is not loaded, since that "
             "could run code. Ask its authors for safetensors."
         ) from error
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if max(processor.latent_token_ids) >= rows:
         raise ValueError(
             f"{checkpoint} has latent ids {processor.latent_token_ids}, but embeddings of {rows} rows: these are not "
@@ -103,6 +105,7 @@ def _check_shards(checkpoint: str):
 def run(options: Namespace) -> int:
     """Converts, and prints what was saved."""
     model = convert_checkpoint(options.checkpoint, options.output_dir, dtype=options.dtype)
-    config, ids = model.config, model.config.latent_token_ids
+    config: Any = model.config
+    ids = config.latent_token_ids
     print(f"{options.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
     return 0

@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -72,7 +72,7 @@ def run(options: Namespace) -> int:
     settings = {"max_new_tokens": options.max_new_tokens, "streamer": streamer, "output_latents": True, **sampling}
     (answer,) = answer_batch(model, processor, [sample], **settings)
     if picture:
-        draw_answers(model, processor, [(sample, answer.text, answer.latents)], picture)
+        draw_answers(model, processor, [(sample, answer.text, cast(torch.Tensor, answer.latents))], picture)
     if options.json:
         found = {
             "answer": answer.text,

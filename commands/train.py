@@ -47,7 +47,7 @@ def train(
     state = Path(settings["output_dir"], "trainer_state.json")  # saved last
     if recipe.resume and state.exists():
         trainer.accelerator.print("already trained", flush=True)
-        trainer.state = TrainerState.load_from_json(state)
+        trainer.state = TrainerState.load_from_json(str(state))
     else:
         state.unlink(missing_ok=True)
         trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(settings["output_dir"]))
@@ -65,7 +65,7 @@ def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
     """The model and processor that training starts from."""
     backbone = backbone_of(recipe)
     torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
-    options = {"latent_size": recipe.latent_size}
+    options: dict[str, Any] = {"latent_size": recipe.latent_size}
     processor = ILVRProcessor.from_backbone(backbone, **options)
     options |= {"latent_head": recipe.latent_head, **recipe.model_kwargs}
     return ILVRForConditionalGeneration.from_backbone(backbone, **options), processor
@@ -78,7 +78,7 @@ def load(recipe: Recipe, phase: str) -> Any:
     return ILVRForConditionalGeneration.from_pretrained(folder, **adapter, **recipe.model_kwargs)
 
 
-def load_data(recipe: Recipe) -> tuple[Dataset | None, Task | None]:
+def load_data(recipe: Recipe) -> tuple[Any, Task | None]:
     """The user's own training data, if there are any; and the task that tests and, without such data, trains."""
     if recipe.task is not None:
         task = load_task(recipe.task, **{"seed": recipe.seed, **recipe.task_settings})

@@ -19,7 +19,7 @@ from ilvr.tasks import Task
 from .audit_results import ModelAudit
 from .auditing import summarize
 from .controls import LABELS, REPORTED, follow_donors, run_controls
-from .generation import generate_answers
+from .generation import GREEDY, generate_answers
 from .metrics import load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents
 from .probes import Rate
@@ -108,7 +108,7 @@ def evaluate_checkpoints(
     if reload:
         some = test.select(_first_of_each(task, test, 16))
         answers = generate_answers(model, processor, some, batch_size=len(some), desc="Here", **generate_kwargs)
-        _check_reload(folder, name, some, answers)
+        _check_reload(folder, name, some, answers, {**GREEDY, **generate_kwargs}["max_new_tokens"])
     return results
 
 
@@ -187,12 +187,12 @@ def _first_of_each(task: Task, dataset: Dataset, number: int) -> list[int]:
     return sorted(index for own in found.values() for index in own)
 
 
-def _check_reload(folder: Path, name: str, dataset: Dataset, expected: list[str]) -> None:
+def _check_reload(folder: Path, name: str, dataset: Dataset, expected: list[str], max_new_tokens: int) -> None:
     """Answers of a fresh process, which loads the folder with `trust_remote_code=True`, equal those of this one."""
     dataset.save_to_disk(folder / "reload_check")
     output = folder / "reload_check.json"
-    command = [sys.executable, str(FRESH_PROCESS), str(folder / name), str(folder / "reload_check"), str(output)]
-    subprocess.run(command, check=True)
+    arguments = [folder / name, folder / "reload_check", output, max_new_tokens]
+    subprocess.run([sys.executable, str(FRESH_PROCESS), *map(str, arguments)], check=True)
     reloaded = json.loads(output.read_text())
     if reloaded != expected:
         different = sum(a != b for a, b in zip(reloaded, expected))

@@ -83,7 +83,7 @@ def test_sampling_follows_the_seed(checkpoint, picture, capsys):
     ("change", "message"),
     [
         ({1: "nowhere.png"}, "nowhere.png"),
-        ({0: "nowhere"}, "nowhere"),
+        ({0: "runs/no/where"}, "runs/no/where"),
         ({3: "--picture=latents.pdf"}, "latents.pdf must end in .png"),
         ({3: "--picture=nowhere/latents.png"}, "folder that exists"),
     ],

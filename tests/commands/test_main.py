@@ -1,7 +1,10 @@
 """The door of all commands: quick help, one style of arguments, one line and a status for what goes wrong."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +82,16 @@ def test_errors_are_one_line_unless_the_traceback_is_asked_for(monkeypatch, caps
     assert capsys.readouterr().err == "ilvr convert: RuntimeError: a mistake of ours --traceback shows where.\n"
     fail(KeyboardInterrupt())
     assert main(["convert", "a", "b"]) == 130
+
+
+PAGES = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/audit.md", "docs/data.md", "docs/evidence.md"])
+def test_commands_on_pages_are_right(page):
+    """Every command in a block of a page parses."""
+    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", (PAGES / page).read_text(), re.S | re.M)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("ilvr ")]
+    assert lines
+    for line in lines:
+        arguments.build_parser().parse_args(shlex.split(line, comments=True)[1:])
