@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             request = json.loads(body)
             repo = f"{request.get('organization') or 'user'}/{request['name']}"
             repos.setdefault(repo, {})
-            if request.get("private"):
+            if request.get("visibility") == "private":
                 self.server.private.add(repo)
             return self._reply({"url": f"http://{self.headers['Host']}/{repo}", "id": repo, "name": repo})
         if self.path == "/api/validate-yaml":
