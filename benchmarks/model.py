@@ -12,8 +12,8 @@ from datasets import Dataset, Image, List, disable_progress_bars
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from examples.small_qwen import build_small_qwen
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
 
 

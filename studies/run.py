@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from examples.small_qwen import build_small_qwen
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.evaluation import Evaluator, Questions, follow_donors, run_controls
+from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
 
 from .study import Study

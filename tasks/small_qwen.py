@@ -1,6 +1,7 @@
 """A small Qwen2.5-VL or Qwen3-VL from its config, with a tokenizer trained in place: a backbone without a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,7 +41,7 @@ def train_tokenizer(
     chat_template: str = CHAT_TEMPLATE,
     eos_token: str = "<|im_end|>",
     pad_token: str = "<|endoftext|>",
-    **kwargs,
+    **kwargs: Any,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Qwen's special tokens, or those of another backbone."""
     tokenizer = Tokenizer(models.BPE())
@@ -89,7 +90,7 @@ def build_small_qwen(
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     num_heads = hidden_size // 32
     head_dim = hidden_size // num_heads
-    text_config = {
+    text_config: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "intermediate_size": 4 * hidden_size,
@@ -106,7 +107,7 @@ def build_small_qwen(
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
-    vision_config = {
+    vision_config: dict[str, Any] = {
         "depth": vision_layers,
         "hidden_size": vision_hidden_size,
         "intermediate_size": 2 * vision_hidden_size,
@@ -116,7 +117,7 @@ def build_small_qwen(
         "spatial_merge_size": 2,
         "out_hidden_size": hidden_size,
     }
-    shared = {
+    shared: dict[str, Any] = {
         "text_config": text_config,
         "vision_config": vision_config,
         "image_token_id": ids["<|image_pad|>"],
