@@ -36,10 +36,5 @@ style: $(BIN)/.installed  ## Correct style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(BIN)/.docs: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--config-settings editable_mode=strict -e '.[dev,docs]'
-	touch $@
-
-docs: $(BIN)/.docs  ## Build the documentation in build/site; a warning is an error
+docs: $(BIN)/.installed  ## Build the documentation in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

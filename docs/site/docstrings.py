@@ -36,7 +36,7 @@ def to_markdown(text: str, public: dict[str, str]) -> str:
         text (`str`): without its common indentation.
         public (`dict[str, str]`): paths of the objects that have a place on the site, by their names.
     """
-    parts, lines = [], text.splitlines()
+    parts, lines = [], text.replace("> [!NOTE]", "> **Note**:").splitlines()
     while lines:
         section = SECTION.match(lines[0])
         if section is None:
