@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ilvr.commands.main import main
+from ilvr_commands.main import main
 
 
 REPOSITORY = Path(__file__).parents[1]

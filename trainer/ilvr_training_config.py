@@ -187,7 +187,7 @@ class ILVRTrainingConfig(SFTConfig):
         default=False, metadata={"help": "Whether the weight of the alignment loss falls to 0 over the run."}
     )
     alignment: str = field(
-        default="cosine", metadata={"help": "The alignment loss.", "choices": ["cosine", "infonce"]}
+        default="cosine", metadata={"help": "The alignment loss.", "choices": ["cosine", "infonce", "centred"]}
     )
     alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE alignment."})
     alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: files of the repository that pages link to, such as `../examples/small_qwen.py`, become pages.
+"""A hook of MkDocs: files of the repository that pages link to, such as `../tasks/small_qwen.py`, become pages.
 
 The links are right in the repository as they stand; on the site they lead to a copy of the file. And GitHub wants the
 bars of code in a table escaped, where Python-Markdown shows the backslash.
