@@ -17,6 +17,7 @@ class Arm:
     Args:
         form (`str`): of the task's training data and test questions, see [`~ilvr.tasks.Task`].
         settings (`dict`): of [`ILVRTrainingConfig`], on top of the study's.
+        task (`dict`, *optional*): settings of the task that it trains on, on top of the study's.
         after (`str`, *optional*): the arm whose checkpoint is trained further; a new backbone by default.
         backbone (`dict`, *optional*): sizes of a new backbone, on top of the study's.
         model (`dict`, *optional*): settings of the model that training starts with, such as `latent_head`.
@@ -26,6 +27,7 @@ class Arm:
 
     form: str
     settings: dict[str, Any]
+    task: dict[str, Any] = field(default_factory=dict)
     after: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +85,8 @@ class Study:
         """The training settings of an arm."""
         return {"seed": seed, **self.training, **self.arms[arm].settings}
 
-    def task_of(self, seed: int, test: str | None = None) -> Task:
-        """The task under a seed, with the settings of a test."""
-        own = {} if test is None else {k: v for k, v in self.tests[test].items() if k != "samples"}
+    def task_of(self, seed: int, test: str | None = None, *, arm: str | None = None) -> Task:
+        """The task under a seed, with the settings of a test, or of an arm's training."""
+        own = self.tests[test] if test is not None else self.arms[arm].task if arm is not None else {}
+        own = {name: value for name, value in own.items() if name != "samples"}
         return load_task(self.task, **{"seed": seed, **self.task_settings, **own})
