@@ -239,8 +239,8 @@ def test_metric():
         right,
     ]
     result = metric.compute(predictions=answers, references=[right] * 5)
-    assert result["accuracy"] == 0.2 and result["bit_accuracy"] == pytest.approx((1 + 7 / 9) / 5)
-    assert result["invalid"] == 0.6 and result["count"] == 5 and result["accuracy_low"] < 0.2 < result["accuracy_high"]
+    assert result["accuracy"] == 0.2 and result["word_accuracy"] == pytest.approx((1 + 7 / 9 + 8 / 9) / 5)
+    assert result["invalid"] == 0.4 and result["count"] == 5 and result["accuracy_low"] < 0.2 < result["accuracy_high"]
     assert score_each(metric, answers, [right] * 5) == [True, False, False, False, False]
 
 
