@@ -49,6 +49,12 @@ def test_the_study_of_shifts_is_valid():
     assert study.task_of(0, "longer").test_lengths == [12, 16] and study.task_of(0).test_lengths == [4, 10]
 
 
+def test_an_arm_may_train_on_other_settings_of_the_task():
+    study = Study.load("studies/glyphs.yaml")
+    assert study.task_of(0, arm="base1").size == 1 and study.task_of(0, arm="base").size == study.task_of(0).size == 2
+    assert study.task_of(0, arm="oracle_one").lengths == [1, 1] and study.task_of(0, "trained").lengths == [2, 5]
+
+
 def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypatch, capsys):
     """An arm brings those that it continues; what is there is not trained again; the tables hold what was measured."""
     run.run(study, "stage2", 1)
