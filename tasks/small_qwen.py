@@ -36,7 +36,7 @@ CHAT_TEMPLATE = """\
 
 def train_tokenizer(
     texts: list[str],
-    vocab_size: int = 512,
+    vocab_size: int = 2048,
     special_tokens: list[str] = SPECIAL_TOKENS,
     chat_template: str = CHAT_TEMPLATE,
     eos_token: str = "<|im_end|>",
@@ -75,6 +75,7 @@ def build_small_qwen(
     vision_layers: int = 2,
     patch_size: int = 32,
     position_std: float = 0.3,
+    deepstack: bool = True,
 ) -> None:
     """Saves a randomly initialised Qwen with tokenizer and image processor, loadable like any checkpoint.
 
@@ -85,6 +86,9 @@ def build_small_qwen(
         family (`str`, *optional*, defaults to `"qwen2_5_vl"`): or `"qwen3_vl"`, whose tower has learned positions: its
             features say where a patch is. In a single layer they would drown in the pixels at their usual size.
         position_std (`float`, *optional*, defaults to 0.3): standard deviation of these positions.
+        deepstack (`bool`, *optional*, defaults to `True`): whether `"qwen3_vl"` adds the first vision layer's features
+            to the decoder's first layer as well. Latents get no such addition: without it all that the decoder reads
+            of a patch is in the feature that latents are aligned with.
     """
     tokenizer = train_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -134,7 +138,7 @@ def build_small_qwen(
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**shared))
     elif family == "qwen3_vl":
         text_config |= {"head_dim": head_dim, "tie_word_embeddings": True}
-        vision_config |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        vision_config |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0] if deepstack else []}
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**shared))
         torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=position_std)
     else:
