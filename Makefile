@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RECIPE ?= examples/recipes/shifts_small.yaml
 ROOMS := $(shell find modeling_ilvr trainer data tasks evaluation hub_cards commands -type d -not -name '__pycache__')
 
-.PHONY: help train test bench quality style
+.PHONY: help train test bench quality style docs
 
 help:  ## What there is to make
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,3 +35,6 @@ quality: $(BIN)/.installed  ## Check style and types
 style: $(BIN)/.installed  ## Correct style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(BIN)/.installed  ## Build the documentation in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

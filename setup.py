@@ -3,10 +3,11 @@ from pathlib import Path
 from setuptools import setup
 
 
-ROOMS = ("trainer", "data", "tasks", "evaluation", "hub_cards", "commands")
+ROOMS = ("trainer", "data", "tasks", "evaluation", "hub_cards")
 folders = [file.parent for room in ROOMS for file in sorted(Path(room).rglob("__init__.py"))]
 # A top-level package called `trainer` or `data` would collide with others, so the folders have import names.
 package_dir = {"ilvr": "modeling_ilvr", **{".".join(["ilvr", *folder.parts]): folder.as_posix() for folder in folders}}
+package_dir["ilvr_commands"] = "commands"  # beside `ilvr`, whose import takes seconds: `ilvr --help` does not wait
 
 setup(
     packages=list(package_dir),

@@ -6,7 +6,6 @@ python -m benchmarks.jacobi runs/frozen_lake_small --train    # also stage 2, tr
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,10 +19,10 @@ from ilvr.evaluation import generate_answers, load_metric, scores_by_group
 from ilvr.tasks import Task, load_task
 from ilvr.trainer.inputs.data_collator import LatentBatch, LatentDataCollator
 from ilvr.trainer.inputs.data_preparation import prepare_dataset
+from ilvr_commands.train import Recipe, phases_of, train
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPE = EXAMPLES / "recipes" / "frozen_lake_small.yaml"
+RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "frozen_lake_small.yaml"
 ITERATIONS = (1, 2, 3, 4, 6, 8)
 SETTINGS = {
     "one after the other": {},
@@ -106,9 +105,6 @@ def score(model, processor, task: Task, recipe: dict, **kwargs) -> str:
 
 
 def train_stage2(options, recipe: dict, processor, task: Task, setting: dict) -> str:
-    sys.path.insert(0, str(EXAMPLES))
-    from train_ilvr import Recipe, phases_of, train
-
     with tempfile.TemporaryDirectory() as folder:
         variant = Recipe(**{**recipe, "output_dir": folder, "stage2": {**recipe["stage2"], **setting}})
         model = ILVRForConditionalGeneration.from_pretrained(options.run / "stage1", **variant.model_kwargs)

@@ -12,8 +12,8 @@ from datasets import Dataset, Image, List, disable_progress_bars
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from examples.small_qwen import build_small_qwen
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
 
 
@@ -54,11 +54,12 @@ def build_backbone(folder: Path) -> None:
 
 
 def load(folder: Path, latents: int):
-    """Student and processor for spans of `latents` vectors."""
+    """Student and processor for spans of `latents` vectors, fed back as they are, as published."""
     processor = ILVRProcessor.from_backbone(folder, latent_size=latents)
     processor.image_processor.size = {"shortest_edge": 4 * PATCH_SIZE**2, "longest_edge": IMAGE_SIZE**2}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ILVRForConditionalGeneration.from_backbone(folder, latent_size=latents).to(device).train(), processor
+    model = ILVRForConditionalGeneration.from_backbone(folder, latent_size=latents, latent_head="identity")
+    return model.to(device).train(), processor
 
 
 def make_sample(workload: Workload, processor) -> dict:

@@ -8,29 +8,16 @@ the backbone's own config.
 import json
 import os
 import pickle
-import sys
-from dataclasses import dataclass, field
+from argparse import Namespace
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
-from trl import TrlParser
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 
 
 REFERENCE_FIELDS = ("latent_token_id", "latent_start_id", "latent_end_id", "latent_size")
-
-
-@dataclass
-class ConvertArguments:
-    """
-    Options of `ilvr convert`.
-
-    Args:
-        dtype (`str`, *optional*, defaults to `"auto"`): of the saved weights; `"auto"` is that of the checkpoint.
-    """
-
-    dtype: str = field(default="auto", metadata={"help": "Of the saved weights; `auto` is that of the checkpoint."})
 
 
 def convert_checkpoint(checkpoint: str, output_dir: str, *, dtype: str = "auto") -> ILVRForConditionalGeneration:
@@ -54,7 +41,7 @@ def convert_checkpoint(checkpoint: str, output_dir: str, *, dtype: str = "auto")
     Example:
 
     ```python
-    >>> from ilvr.commands.convert import convert_checkpoint
+    >>> from ilvr_commands.convert import convert_checkpoint
 
     >>> convert_checkpoint("reference-checkpoint", "ilvr-7b")
     ```
@@ -71,7 +58,8 @@ def convert_checkpoint(checkpoint: str, output_dir: str, *, dtype: str = "auto")
             f"A weight file of {checkpoint} is damaged or holds more than tensors, and is not loaded, since that "
             "could run code. Ask its authors for safetensors."
         ) from error
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if max(processor.latent_token_ids) >= rows:
         raise ValueError(
             f"{checkpoint} has latent ids {processor.latent_token_ids}, but embeddings of {rows} rows: these are not "
@@ -114,20 +102,10 @@ def _check_shards(checkpoint: str):
                 )
 
 
-def main(arguments: list[str]) -> int:
-    """`ilvr convert CHECKPOINT OUTPUT_DIR [--dtype bfloat16]`: returns 2 for what cannot be converted, else 0."""
-    parser = TrlParser(ConvertArguments, prog="ilvr convert", description="Converts a checkpoint of the paper's code.")
-    parser.add_argument("checkpoint", help="folder or Hub id of the reference checkpoint")
-    parser.add_argument("output_dir", help="new folder for the ILVR checkpoint")
-    options, named, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    if unknown:
-        print(f"ilvr convert: unknown arguments: {' '.join(map(str, unknown))}. --help lists all.", file=sys.stderr)
-        return 2
-    try:
-        model = convert_checkpoint(named.checkpoint, named.output_dir, dtype=options.dtype)
-    except (ValueError, OSError) as error:
-        print(f"ilvr convert: {error}", file=sys.stderr)
-        return 2
-    config, ids = model.config, model.config.latent_token_ids
-    print(f"{named.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
+def run(options: Namespace) -> int:
+    """Converts, and prints what was saved."""
+    model = convert_checkpoint(options.checkpoint, options.output_dir, dtype=options.dtype)
+    config: Any = model.config
+    ids = config.latent_token_ids
+    print(f"{options.output_dir}: latent_size {config.latent_size}, start, pad and end ids {ids}, {model.dtype}")
     return 0

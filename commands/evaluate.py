@@ -1,12 +1,10 @@
 """`ilvr evaluate MODEL`: the door to [`ilvr.evaluation.Evaluator`] and its controls."""
 
 import json
-import sys
-from dataclasses import asdict, dataclass, field
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from trl import TrlParser
 
 from ilvr.evaluation import Evaluator, Questions, scores_by_group
 from ilvr.evaluation.auditing import compare, load_checkpoint
@@ -15,50 +13,23 @@ from ilvr.evaluation.metrics import plain_rates
 from ilvr.evaluation.probes import Rate
 from ilvr.evaluation.records import OWN, Run
 
-from .question_options import CONTROLS_HELP, QuestionOptions, controls_of, parse
+from .questions import controls_of, model_kwargs, questions_of
 
 
-PROG = "ilvr evaluate"
-
-
-@dataclass
-class EvaluateOptions(QuestionOptions):
-    """Options of `ilvr evaluate`.
-
-    Args:
-        controls (`str`, *optional*, defaults to `"small"`): names of controls.
-        control_samples (`int`, *optional*, defaults to 64): questions asked under them.
-    """
-
-    controls: str = field(default="small", metadata={"help": CONTROLS_HELP.replace("%", "%%")})
-    control_samples: int = field(default=64, metadata={"help": "questions asked under controls, evenly spread"})
-
-
-def main(arguments: list[str]) -> int:
-    """Prints the results and writes them to `results.json`; returns 2 if something cannot be read, else 0."""
-    parser = TrlParser(EvaluateOptions, prog=PROG, description="Answers questions with a checkpoint and scores them.")
-    parser.add_argument("model", help="folder or Hub id of an ILVR checkpoint")
-    parsed = parse(parser, arguments, PROG)
-    if parsed is None:
-        return 2
-    options, positional = parsed
-    try:
-        results = evaluate(positional.model, options)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def run(options: Namespace) -> int:
+    """Prints the results and writes them to `results.json`."""
+    results = evaluate(options)
     text = json.dumps(results, indent=2)
     Path(options.output, "results.json").write_text(text + "\n", encoding="utf-8")
     print(text if options.json else tables(results))
     return 0
 
 
-def evaluate(path: str, options: EvaluateOptions) -> dict[str, Any]:
+def evaluate(options: Namespace) -> dict[str, Any]:
     """Answers all questions, and some of them under controls.
 
     Args:
-        path (`str`): of the checkpoint.
-        options ([`EvaluateOptions`]).
+        options (`Namespace`): what `ilvr evaluate` takes.
 
     Returns:
         `dict`: `model`, `questions`, `metric`, `scores` (what the metric found), `spans_per_sample`, `without_span`,
@@ -66,14 +37,14 @@ def evaluate(path: str, options: EvaluateOptions) -> dict[str, Any]:
     """
     names = controls_of(options.controls)
     check_controls(names or [])
-    questions = options.questions()
+    questions = questions_of(options)
     if names is None or "oracle" in names:
         raise ValueError("--controls: the oracle looks at helper images, and so is run by `ilvr audit`. Name others.")
-    model, processor = load_checkpoint(path, **options.model_kwargs)
-    asked = {"batch_size": options.batch_size, **options.generate_kwargs}
+    model, processor = load_checkpoint(options.model, **model_kwargs(options))
+    asked = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
     run = Evaluator(model, processor, questions, folder=options.output, **asked).run()
     results = {
-        "model": path,
+        "model": options.model,
         "questions": questions.name,
         "metric": questions.metric_name,
         "scores": questions.score(run.answers),

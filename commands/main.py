@@ -1,37 +1,38 @@
-"""`ilvr COMMAND …`: finds the subcommand, and imports its module and no other command's."""
+"""`ilvr COMMAND …`: parses the arguments, runs the command and turns what goes wrong into one line and a status."""
 
 import sys
 from importlib import import_module
 
+from .arguments import build_parser
 
-# name: (module with `main(arguments) -> exit status`, one line of help)
-COMMANDS = {
-    "convert": ("ilvr.commands.convert", "turn a checkpoint of the paper's code into an ILVR checkpoint"),
-    "evaluate": ("ilvr.commands.evaluate", "answer questions with a checkpoint, score them, replace its latents"),
-    "audit": ("ilvr.commands.audit", "does a model use its latents, and what do they hold? numbers and a page"),
-    "check-data": ("ilvr.commands.check_data", "report what is in a data set and what is wrong with it"),
-}
+
+OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 as shells do: 128 + SIGINT
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand.
+    """Runs a command.
 
     Args:
-        arguments (`list[str]`, *optional*, defaults to those of the process): the subcommand's name, then its own.
+        arguments (`list[str]`, *optional*, defaults to those of the process): the command's name, then its own.
 
     Returns:
-        `int`: exit status, 0 if all is well.
+        `int`: exit status: 0 if all is well; 1 if the command found something wrong or failed; 2 for arguments and
+        inputs that it cannot work with; 130 if it was interrupted.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    name = arguments[0] if arguments else "--help"
-    if name in COMMANDS:
-        try:
-            return import_module(COMMANDS[name][0]).main(arguments[1:])
-        except KeyboardInterrupt:
-            return 130  # as shells do: 128 + SIGINT
-    usage = "usage: ilvr COMMAND [-h] …\n\n" + "\n".join(f"  {key:<12} {text}" for key, (_, text) in COMMANDS.items())
-    if name in ("-h", "--help"):
-        print(usage)
-        return 0
-    print(f"ilvr: there is no command {name!r}.\n{usage}", file=sys.stderr)
-    return 2
+    try:
+        options = build_parser().parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    except SystemExit as stopped:  # how argparse ends after --help, --version and an error
+        return int(stopped.code or OK)
+    name = options.command
+    try:
+        return import_module(f"ilvr_commands.{name.replace('-', '_')}").run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if options.traceback:
+            raise
+        expected = isinstance(error, (ValueError, OSError))
+        what = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else " --traceback shows where."
+        print(f"ilvr {name}: {what}{' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return WRONG_INPUT if expected else FAILED

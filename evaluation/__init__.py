@@ -4,9 +4,10 @@ from .audit_results import Audit, ModelAudit, Verdict
 from .auditing import audit, audit_model
 from .checkpoints import evaluate_checkpoints, score_table
 from .controls import CONTROLS, follow_donors, run_controls
+from .difficulty_ladder import DifficultyLadder, join_levels
 from .generation import Answer, answer_batch, answer_with_latents, generate_answers
 from .metrics import Score, load_metric, score_each, scores_by_group
-from .pictures import draw_curves, draw_latents, patch_similarity
+from .pictures import draw_answers, draw_curves, draw_latents, patch_similarity
 from .question_files import load_questions
 from .questions import Questions
 from .records import Evaluator, Record, Run
@@ -17,6 +18,7 @@ __all__ = [
     "CONTROLS",
     "Answer",
     "Audit",
+    "DifficultyLadder",
     "Evaluator",
     "ModelAudit",
     "Questions",
@@ -29,12 +31,14 @@ __all__ = [
     "answer_with_latents",
     "audit",
     "audit_model",
+    "draw_answers",
     "draw_curves",
     "draw_latents",
     "evaluate_checkpoints",
     "follow_donors",
     "generate_answers",
     "load_metric",
+    "join_levels",
     "load_questions",
     "patch_similarity",
     "run_controls",

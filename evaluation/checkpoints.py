@@ -3,20 +3,23 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data.conversations import image_roles
 from ilvr.hub_cards import ILVRModelCard, Result
 from ilvr.tasks import Task
 
 from .audit_results import ModelAudit
 from .auditing import summarize
 from .controls import LABELS, REPORTED, follow_donors, run_controls
-from .generation import generate_answers
+from .generation import GREEDY, generate_answers
 from .metrics import load_metric, score_each, scores_by_group
 from .pictures import draw_curves, draw_latents
 from .probes import Rate
@@ -25,6 +28,7 @@ from .records import OWN, Evaluator
 
 
 FOLLOWED = "the last span's donor followed"
+FRESH_PROCESS = Path(__file__).parent / "fresh_process.py"
 PICTURED = 4  # samples in the picture of latents, at most
 
 
@@ -34,9 +38,10 @@ def evaluate_checkpoints(
     folder: str | Path,
     *,
     forms: dict[str, str],
-    reload_script: str | Path | None = None,
+    load: Callable[[str], ILVRForConditionalGeneration] | None = None,
+    reload: bool = False,
     batch_size: int = 64,
-    controls: int = 0,
+    controls: int = 64,
     **generate_kwargs: Any,
 ) -> dict[str, dict[str, float]]:
     """Scores checkpoints on the same test questions; writes results, their table, cards, curves and a picture.
@@ -49,10 +54,11 @@ def evaluate_checkpoints(
             pictured and reloaded.
         folder (`str` or `Path`): holds the checkpoints; the report is written here.
         forms (`dict[str, str]`): by name, the form of the questions: `trace` or `answer`.
-        reload_script (`str` or `Path`, *optional*): called with checkpoint, data set and output, answers in a fresh
-            process; none: no reload. `examples/generate_answers.py` is one.
+        load (`Callable`, *optional*): the model of a name, where it is more than what its folder holds.
+        reload (`bool`, *optional*, defaults to `False`): whether a fresh process, on the CPU and without `ilvr`,
+            has to give the same answers.
         batch_size (`int`, *optional*, defaults to 64): questions answered at once.
-        controls (`int`, *optional*, defaults to 0): questions asked under each of the controls `REPORTED`.
+        controls (`int`, *optional*, defaults to 64): questions asked under each of the controls `REPORTED`; 0: none.
         generate_kwargs: passed to `generate`.
 
     Returns:
@@ -71,7 +77,8 @@ def evaluate_checkpoints(
     tests = {form: task.dataset("test", form) for form in sorted({forms[name] for name in cards})}
     results, audits = {}, {}
     for name, card in cards.items():
-        model, test = ILVRForConditionalGeneration.from_pretrained(folder / name), tests[forms[name]]
+        model = (load or partial(_load, folder))(name).to(PartialState().device)
+        test = tests[forms[name]]
         options = {"batch_size": batch_size, "desc": f"Testing {name}", **generate_kwargs}
         answers = generate_answers(model, processor, test, **options)
         results[name] = score(test.remove_columns("images"), answers)
@@ -90,18 +97,23 @@ def evaluate_checkpoints(
 
     draw_curves({name: folder / name / "trainer_state.json" for name in cards}, folder / "curves.png")
     few = test.select(_first_of_each(task, test, 2)[:PICTURED])
-    draw_latents(
-        *(model, processor, few, folder / "latents.png"),
-        draw=task.draw,
-        is_right=lambda sample, answer: score_each(metric, [answer], [task.reference(sample)])[0],
-        **generate_kwargs,
-    )
-    print(f"Latents of {name} drawn to {folder / 'latents.png'}")
-    if reload_script is not None:
+    if all("user" in image_roles(messages) for messages in few["messages"]):
+        draw_latents(
+            *(model, processor, few, folder / "latents.png"),
+            draw=task.draw,
+            is_right=lambda sample, answer: score_each(metric, [answer], [task.reference(sample)])[0],
+            **generate_kwargs,
+        )
+        print(f"Latents of {name} drawn to {folder / 'latents.png'}")
+    if reload:
         some = test.select(_first_of_each(task, test, 16))
         answers = generate_answers(model, processor, some, batch_size=len(some), desc="Here", **generate_kwargs)
-        _check_reload(folder, name, some, answers, reload_script)
+        _check_reload(folder, name, some, answers, {**GREEDY, **generate_kwargs}["max_new_tokens"])
     return results
+
+
+def _load(folder: Path, name: str) -> ILVRForConditionalGeneration:
+    return ILVRForConditionalGeneration.from_pretrained(folder / name)
 
 
 def score_table(results: dict[str, dict[str, float]], audits: Mapping[str, ModelAudit] | None = None) -> str:
@@ -113,12 +125,15 @@ def score_table(results: dict[str, dict[str, float]], audits: Mapping[str, Model
     """
     scores = {name: scores_by_group(result) for name, result in results.items()}
     groups = [group for group in next(iter(scores.values())) if group] or [""]
-    headings = ["model", *(group or next(iter(next(iter(results.values())))) for group in groups), "invalid"]
+    has_invalid = all("invalid" in result for result in results.values())
+    headings = ["model", *(group or next(iter(next(iter(results.values())))) for group in groups)]
+    headings += ["invalid"] if has_invalid else []
     controlled = {name: dict(_controlled(audit)) for name, audit in (audits or {}).items()}
     columns = list(next(iter(controlled.values()), {}))
     lines = [headings + columns, ["---"] * len(headings + columns)]
     for name, found in scores.items():
-        own = [str(found[group]) for group in groups] + [f"{100 * results[name]['invalid']:.1f} %"]
+        own = [str(found[group]) for group in groups]
+        own += [f"{100 * results[name]['invalid']:.1f} %"] if has_invalid else []
         lines.append([name, *own, *(str(controlled.get(name, {}).get(column, "")) for column in columns)])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     for audit in (audits or {}).values():
@@ -172,12 +187,12 @@ def _first_of_each(task: Task, dataset: Dataset, number: int) -> list[int]:
     return sorted(index for own in found.values() for index in own)
 
 
-def _check_reload(folder: Path, name: str, dataset: Dataset, expected: list[str], script: str | Path) -> None:
+def _check_reload(folder: Path, name: str, dataset: Dataset, expected: list[str], max_new_tokens: int) -> None:
     """Answers of a fresh process, which loads the folder with `trust_remote_code=True`, equal those of this one."""
     dataset.save_to_disk(folder / "reload_check")
     output = folder / "reload_check.json"
-    command = [sys.executable, str(script), str(folder / name), str(folder / "reload_check"), str(output)]
-    subprocess.run(command, check=True)
+    arguments = [folder / name, folder / "reload_check", output, max_new_tokens]
+    subprocess.run([sys.executable, str(FRESH_PROCESS), *map(str, arguments)], check=True)
     reloaded = json.loads(output.read_text())
     if reloaded != expected:
         different = sum(a != b for a, b in zip(reloaded, expected))

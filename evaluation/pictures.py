@@ -78,22 +78,45 @@ def draw_latents(
     max_spans: int = 6,
     **generate_kwargs: Any,
 ) -> None:
-    """Writes a picture with a row for each sample: the image and the answer, then the latents of each span.
+    """Answers a few samples, and writes the picture of [`draw_answers`].
 
     Args:
         model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
         dataset (`Dataset`): a few samples.
-        path (`str` or `Path`): of the PNG.
-        draw (`Callable`, *optional*): for a sample and an answer, caption and picture of what each span is about, such
-            as [`~ilvr.tasks.Task.draw`]; the question's first image, where there is none.
-        is_right (`Callable`, *optional*): whether an answer to a sample is right, which is marked.
-        max_spans (`int`, *optional*, defaults to 6): spans drawn of each sample.
+        path, draw, is_right, max_spans: as in [`draw_answers`].
         generate_kwargs: passed to `generate`.
 
     Raises:
         ValueError: if a question has no image.
     """
     rows = [(sample, *answer_with_latents(model, processor, sample, **generate_kwargs)) for sample in dataset]
+    draw_answers(model, processor, rows, path, draw=draw, is_right=is_right, max_spans=max_spans)
+
+
+def draw_answers(
+    model: ILVRForConditionalGeneration,
+    processor: ILVRProcessor,
+    rows: Sequence[tuple[dict[str, Any], str, torch.Tensor]],
+    path: str | Path,
+    *,
+    draw: Draw | None = None,
+    is_right: Callable[[dict[str, Any], str], bool] | None = None,
+    max_spans: int = 6,
+) -> None:
+    """Writes a picture with a row for each answer: the image and the answer, then the latents of each span.
+
+    Args:
+        model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
+        rows (`Sequence[tuple]`): samples, each with an answer and its latents (spans, K, D).
+        path (`str` or `Path`): of the PNG.
+        draw (`Callable`, *optional*): for a sample and an answer, caption and picture of what each span is about, such
+            as [`~ilvr.tasks.Task.draw`]; the question's first image, where there is none.
+        is_right (`Callable`, *optional*): whether an answer to a sample is right, which is marked.
+        max_spans (`int`, *optional*, defaults to 6): spans drawn of each sample.
+
+    Raises:
+        ValueError: if a question has no image.
+    """
     columns = 1 + min(max_spans, max(len(latents) for _, _, latents in rows))
     width = max(5, 2.1 * columns + 0.8)  # inches
     figure = Figure(figsize=(width, 2.3 * len(rows) + 0.9), layout="constrained")

@@ -6,11 +6,10 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ilvr.trainer import ILVRTrainer
-from ilvr.trainer.running.sharding import is_sharded
 
 from .controls import run_controls
+from .in_training import evaluating, evaluator_of
 from .questions import Questions
-from .records import Evaluator
 
 
 class SwapGapCallback(TrainerCallback):
@@ -55,22 +54,12 @@ class SwapGapCallback(TrainerCallback):
         batch_size: int = 16,
         **generate_kwargs: Any,
     ) -> None:
-        if is_sharded(trainer.accelerator):
-            raise ValueError(
-                "The swap gap lets the model generate, which a sharded one cannot. Leave the callback out."
-            )
-        if isinstance(questions, Dataset):
-            questions = Questions.of_dataset(questions)
         if len(questions) < 2 or num_samples < 2:
             raise ValueError(
                 f"Latents are swapped between two questions or more, got {len(questions)} and {num_samples=}."
             )
         self.trainer, self.every = trainer, every
-        self.evaluator = Evaluator(
-            *(trainer.student, trainer.processing_class, questions.select(num_samples)),
-            batch_size=batch_size,
-            **generate_kwargs,
-        )
+        self.evaluator = evaluator_of(trainer, questions, num_samples, batch_size, **generate_kwargs)
         self.step, self.found = -1, {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -92,19 +81,13 @@ class SwapGapCallback(TrainerCallback):
     def _log(self, step: int) -> None:
         if step == self.step:  # several data sets may be evaluated after one step
             return
-        model = self.trainer.model
-        training = model.training
-        model.eval()  # the trainer logs by this, and keeps the sums of training
-        try:
+        with evaluating(self.trainer):
             self.step, self.found = step, self.measure()
             self.trainer.log({**self.found})
-        finally:
-            model.train(training)
 
     def measure(self) -> dict[str, float]:
         """The four numbers, of the model as it is."""
-        with self.trainer.accelerator.autocast():
-            own, swapped = run_controls(self.evaluator, ["another_sample"]).values()
+        own, swapped = run_controls(self.evaluator, ["another_sample"]).values()
         accuracy, swapped_accuracy = (sum(run.right) / len(run.right) for run in (own, swapped))
         return {
             "eval_accuracy": accuracy,

@@ -1,111 +1,13 @@
-"""Trains, evaluates, saves and reloads an ILVR model: the main job.
+"""`ilvr train` as a script, for launchers that want one; an error shows its traceback.
 
-    python examples/train_ilvr.py --config examples/recipes/frozen_lake_small.yaml
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_ilvr.py \\
         --config examples/recipes/qwen2_5_vl_7b.yaml --dataset data/train.jsonl
-
-A recipe without `backbone` builds a small Qwen and teaches it to see first (`base`). Stage 2 continues stage 1. Two
-controls continue the same base for as many steps: `answer_only` without traces, `text` with words in place of latents.
-With `lora` the backbone stays as it is: both stages train one adapter, which is merged in the end.
 """
 
-from pathlib import Path
-from typing import Any
+import sys
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import is_peft_model
-from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from recipe import Recipe, phases_of
-from small_qwen import build_small_qwen
-from transformers import TrainerState
-from trl import TrlParser
-
-from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.data import load_conversations
-from ilvr.evaluation import evaluate_checkpoints
-from ilvr.hub_cards import ILVRModelCard
-from ilvr.tasks import load_task
-from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
-from ilvr.trainer.running.checkpoints import last_whole_checkpoint
-
-
-ANSWER = Path(__file__).parent / "generate_answers.py"
-FORMS = {"base": "base", "answer_only": "answer", "text": "text", "stage1": "trace", "stage2": "trace"}
-
-
-def train(phase: str, settings: dict[str, Any], data: Dataset, model, processor, recipe: Recipe) -> ILVRModelCard:
-    """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
-    trainer = ILVRTrainer(
-        model,
-        ILVRTrainingConfig(**settings),
-        train_dataset=data,
-        processing_class=processor,
-        peft_config=LoraConfig(**recipe.lora) if recipe.lora and not is_peft_model(model) else None,
-    )
-    trainer.accelerator.print(f"\n=== {phase} ===", flush=True)
-    state = Path(settings["output_dir"], "trainer_state.json")  # saved last
-    if recipe.resume and state.exists():
-        trainer.accelerator.print("already trained", flush=True)
-        trainer.state = TrainerState.load_from_json(state)
-    else:
-        state.unlink(missing_ok=True)
-        trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(settings["output_dir"]))
-        trainer.save_model()
-        trainer.save_state()
-    trainer.accelerator.wait_for_everyone()  # the next phase reads what process 0 writes
-    return trainer.model_card()
-
-
-def start(recipe: Recipe):
-    """The model and processor that training starts from."""
-    backbone = recipe.backbone or f"{recipe.output_dir}/backbone"
-    torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
-    options = {"latent_size": recipe.latent_size}
-    processor = ILVRProcessor.from_backbone(backbone, **options)
-    options |= {"latent_head": recipe.latent_head, **recipe.model_kwargs}
-    return ILVRForConditionalGeneration.from_backbone(backbone, **options), processor
-
-
-def load(recipe: Recipe, phase: str):
-    """What a phase saved: a model, or an adapter over the backbone."""
-    folder = f"{recipe.output_dir}/{phase}"
-    if recipe.lora:
-        return PeftModel.from_pretrained(start(recipe)[0], folder, is_trainable=True)
-    return ILVRForConditionalGeneration.from_pretrained(folder, **recipe.model_kwargs)
-
-
-def main(recipe: Recipe) -> None:
-    phases = phases_of(recipe)
-    task = None if recipe.task is None else load_task(recipe.task, **{"seed": recipe.seed, **recipe.task_settings})
-    loaded = None if recipe.dataset is None else load_conversations(recipe.dataset, **recipe.dataset_kwargs)
-
-    if recipe.backbone is None and PartialState().is_main_process:
-        torch.manual_seed(recipe.seed)
-        build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)
-    PartialState().wait_for_everyone()
-    model, processor = start(recipe)
-    cards = {}
-    for phase, settings in phases.items():
-        before = "stage1" if phase == "stage2" else "base"
-        if before in cards:
-            model = load(recipe, before)
-        if phase == "base":
-            # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
-            model.vlm.model.visual.patch_embed.requires_grad_(False)
-        data = loaded if loaded is not None else task.dataset("train", FORMS[phase])
-        cards[phase] = train(phase, settings, data, model, processor, recipe)
-    if not PartialState().is_main_process:
-        return  # without a barrier, which an evaluation may well outlast
-    if recipe.lora:
-        load(recipe, "stage2").merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
-        processor.save_pretrained(f"{recipe.output_dir}/merged")
-    if task is not None:
-        print("\n=== evaluation ===", flush=True)
-        forms = {phase: "answer" if phase == "base" else FORMS[phase] for phase in cards}
-        evaluate_checkpoints(task, cards, recipe.output_dir, forms=forms, reload_script=ANSWER, **recipe.evaluation)
+from ilvr_commands.main import main
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Recipe,)).parse_args_and_config())
+    sys.exit(main(["train", "--traceback", *sys.argv[1:]]))

@@ -1,6 +1,7 @@
 """The model card of an ILVR checkpoint: data rendered by a template."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
+CARD_DATA = "card.json"  # in a checkpoint's folder: what its card says
 PACKAGES = ("ilvr", "torch", "transformers", "trl", "peft", "datasets")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
@@ -75,7 +77,7 @@ def license_of(base_model: str) -> dict[str, str]:
 
 @dataclass
 class ILVRModelCard:
-    """What a card says. `save` writes it as `README.md` into a checkpoint's folder.
+    """What a card says. `save` writes it into a checkpoint's folder, for people and for `load`.
 
     Args:
         model_name (`str`): heading of the card.
@@ -143,5 +145,36 @@ class ILVRModelCard:
         return rights
 
     def save(self, folder: str | Path) -> None:
-        """Writes the card as `README.md` into a folder."""
+        """Writes the card as `README.md` into a folder, and what it says as `card.json`."""
         self.render().save(Path(folder) / "README.md")
+        data = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (Path(folder) / CARD_DATA).write_text(f"{data}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ILVRModelCard":
+        """The card of a checkpoint's folder: what `save` wrote or, where it did not, what the checkpoint itself says.
+
+        Raises:
+            ValueError: if the folder holds no ILVR checkpoint, or `card.json` says what a card does not.
+        """
+        folder = Path(folder)
+        if (folder / CARD_DATA).is_file():
+            data = json.loads((folder / CARD_DATA).read_text(encoding="utf-8"))
+            try:
+                for name in ("results", "controls"):
+                    data[name] = None if data.get(name) is None else [Result(**result) for result in data[name]]
+                return cls(**data)
+            except (TypeError, AttributeError) as error:
+                raise ValueError(f"{folder / CARD_DATA} is not what a card says: {error}. Remove it.") from error
+        config = folder / "config.json"
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if found.get("model_type") != "ilvr":
+            raise ValueError(f"{folder} holds no ILVR checkpoint: it has no config.json of one. Name what was saved.")
+        state, adapter = folder / "trainer_state.json", folder / "adapter_config.json"
+        steps = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.is_file() else None
+        return cls(
+            model_name=folder.resolve().name,
+            latent_size=found["latent_size"],
+            training=None if steps is None else {"optimizer steps": steps},
+            is_adapter=adapter.is_file(),
+        )

@@ -48,6 +48,23 @@ def resolve_latent_size(vlm_config: PreTrainedConfig, latent_size: int | None) -
     return latent_size or trained or 8
 
 
+def resolve_latent_head(vlm_config: PreTrainedConfig, latent_head: str | None) -> str:
+    """What the caller asks for, else the paper's for a reference checkpoint, which was trained with it, else ours."""
+    return latent_head or ("identity" if hasattr(vlm_config, "latent_token_id") else "rescale")
+
+
+@torch.no_grad()
+def mean_word_norm(vlm: PreTrainedModel, num_words: int = 4096) -> float:
+    """The mean L2 norm of what the decoder is fed for some words, evenly spread over the vocabulary.
+
+    By the layer and not its weight: Gemma's multiplies by sqrt(D).
+    """
+    layer: Any = vlm.get_input_embeddings()
+    rows = len(layer.weight)
+    ids = torch.arange(0, rows, max(rows // num_words, 1), device=layer.weight.device)
+    return float(layer(ids).norm(dim=-1, dtype=torch.float32).mean())
+
+
 def check_weights(name_or_path: str, report: dict[str, Any]) -> None:
     """Refuses a checkpoint that does not fill its model: transformers warns and leaves such weights random."""
     shapes = [f"{key} {tuple(saved)}, not {tuple(wanted)}" for key, saved, wanted in report["mismatched_keys"]]

@@ -25,7 +25,8 @@ class ILVRConfig(PreTrainedConfig):
             K, the number of latents in a span (paper, section 4).
         latent_head (`str`, *optional*, defaults to `"identity"`):
             Map from the last hidden state to the next latent: `"identity"` (the paper), `"rescale"` (to the norm
-            `latent_norm`; ours), `"linear"` or `"mlp"`.
+            `latent_norm`; ours), `"linear"` or `"mlp"`. New models, of `from_backbone`, have `"rescale"`, for which a
+            norm has to be measured; a config that names no head means the one that needs nothing.
         latent_norm (`float`, *optional*, defaults to 1.0):
             L2 norm of each latent under `"rescale"`. Stage 1 sets it to the mean norm of its targets, so that what the
             model feeds back is of the size of what it was trained on.

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .latent_cache import ChunkCache, checkpointing_with_cache
+from .latent_decoding import Intervention
 from .latent_sequences import Sequences
 from .latent_spans import chunk_bounds, scatter_spans
 from .weight_gradients import GatheredWeightGradients
@@ -153,6 +154,7 @@ def fill_by_walk(
     sequences: Sequences,
     min_chunks: int = 0,
     feedback: torch.Tensor | None = None,
+    intervention: Intervention | None = None,
 ) -> Filled:
     """The cached walk: each column is computed once, a chunk at a time, and the last hidden state of a chunk is the
     latent that the next one starts with.
@@ -162,6 +164,7 @@ def fill_by_walk(
         min_chunks (`int`): number of forwards to run at least; the last ones have no effect.
         feedback (`torch.Tensor` of shape `(B, D)`, *optional*): what a latent in the first column is, if the walk goes
             on with a cache.
+        intervention (`Callable`, *optional*): replaces latents before they are used, as in `generate`.
 
     Raises:
         ValueError: if a sequence starts with a latent and there is no feedback, or the mask is none of the padding.
@@ -175,6 +178,8 @@ def fill_by_walk(
         for start, stop in chunk_bounds(is_latent):
             chunk = embeds[:, start:stop]
             if feedback is not None:
+                if intervention is not None:
+                    feedback = intervention(feedback, *sequences.place_of(start))
                 first = torch.where(is_latent[:, start, None], feedback.to(chunk.dtype), chunk[:, 0])  # (B, D)
                 chunk = torch.cat([first.unsqueeze(1), chunk[:, 1:]], dim=1)
             inputs.append(chunk)
@@ -187,8 +192,9 @@ def fill_by_walk(
         if min_chunks > len(chunks):
             idle = idle_forwards(forward, min_chunks - len(chunks), latent_head, feedback)
             chunks[-1].last_hidden_state = chunks[-1].last_hidden_state + 0 * idle
-    latents = sequences.gather(torch.cat(inputs, dim=1))
-    return _joined(chunks, cache), {"predicted_latents": latents, "latent_inputs": latents}
+    outputs, latents = _joined(chunks, cache), sequences.gather(torch.cat(inputs, dim=1))
+    predicted = latents if intervention is None else sequences.predict(outputs.last_hidden_state, latent_head)
+    return outputs, {"predicted_latents": predicted, "latent_inputs": latents}
 
 
 def idle_forwards(forward: ChunkForward, count: int, latent_head: nn.Module, feedback: torch.Tensor) -> torch.Tensor:

@@ -137,6 +137,11 @@ class Sequences:
     def num_spans(self) -> int:
         return -(-int(self.is_latent.sum(1).max()) // self.latent_size)
 
+    def place_of(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """In which span a row's latent in a column is, and where in it, (B,) each; of no meaning in other rows."""
+        number = self.is_latent[:, : column + 1].sum(1) - 1
+        return number // self.latent_size, number % self.latent_size
+
     def gather(self, values: torch.Tensor, num_spans: int | None = None) -> torch.Tensor:
         """What stands at the latent positions of `values` (B, T, D): (B, S, K, D)."""
         num_spans = self.num_spans if num_spans is None else num_spans

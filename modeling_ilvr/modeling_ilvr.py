@@ -23,11 +23,14 @@ from .backbone_loading import (
     check_reference_ids,
     check_weights,
     load_adapter,
+    mean_word_norm,
+    resolve_latent_head,
     resolve_latent_size,
     without_local_path,
 )
 from .configuration_ilvr import ILVRConfig
 from .latent_attention import AttentionRule, AttentionSeat
+from .latent_decoding import Intervention
 from .latent_filling import fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
 from .latent_sequences import Sequences, encode_inputs
@@ -174,6 +177,7 @@ class ILVRModel(ILVRPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
         min_chunks: int | None = None,
@@ -195,6 +199,9 @@ class ILVRModel(ILVRPreTrainedModel):
             latent_values (`torch.FloatTensor` of shape `(B, S, K, D)`, *optional*): latents to put in.
             latent_mask (`torch.BoolTensor` of shape `(B, S, K)`, *optional*, defaults to all): which of them are put
                 in; the other positions keep the embedding of `<|latent_pad|>`.
+            latent_intervention (`Callable`, *optional*): replaces the model's own latents before they are used, as in
+                `generate`: called for each column with latents as `latent_intervention(latents, span, index)`. What it
+                returns may depend on the latents of other rows; the gradient flows through it.
             jacobi_iterations (`int`, *optional*): computes the latents by this many forwards that each refine all of
                 them (Jacobi iteration, arXiv 2506.18582), in place of one forward a latent. Exact from S * K - 1
                 iterations on; `predicted_latents` are what one more would give, and tell how far the others are.
@@ -211,8 +218,14 @@ class ILVRModel(ILVRPreTrainedModel):
 
         Raises:
             ValueError: if there are not either ids or embeddings, `latent_values` do not fit, a sequence starts inside
-                a span, the numbers of iterations are out of range, or the backbone cannot follow an `attention_rule`.
+                a span, the numbers of iterations are out of range, a `latent_intervention` is given beside latents
+                that are not computed one after the other, or the backbone cannot follow an `attention_rule`.
         """
+        if latent_intervention is not None and (latent_values is not None or jacobi_iterations is not None):
+            raise ValueError(
+                "A latent_intervention replaces latents that are computed one after the other. Leave latent_values "
+                "and jacobi_iterations out."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         inputs = {
@@ -244,7 +257,7 @@ class ILVRModel(ILVRPreTrainedModel):
             if case is ForwardCase.FORCED:
                 outputs, latents = fill_forced(*parts, latent_values, latent_mask)
             elif case is ForwardCase.WALK:
-                outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback)
+                outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback, latent_intervention)
             else:
                 outputs, latents = fill_in_parallel(*parts, jacobi_iterations, jacobi_gradient_iterations)
         state.grow(num_columns, seat.columns)
@@ -306,7 +319,7 @@ class ILVRModel(ILVRPreTrainedModel):
             inputs = self._encode(input_ids, inputs)
             inputs = seat.ruled(inputs, self.get_input_embeddings()(input_ids))
         outputs = self.core(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
-        if self.training and self.config.latent_head != "identity":
+        if self.training and any(True for _ in self.latent_head.parameters()):
             # A rank whose batch has no span gives its latent head a gradient too, of zero, or DDP would wait.
             hidden = outputs.last_hidden_state
             outputs.last_hidden_state = hidden + 0 * self.latent_head(hidden[:, -1:])
@@ -329,18 +342,22 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
 
     @classmethod
     def from_backbone(
-        cls, name_or_path: str, *, latent_size: int | None = None, latent_head: str = "identity", **kwargs: Any
+        cls, name_or_path: str, *, latent_size: int | None = None, latent_head: str | None = None, **kwargs: Any
     ) -> "ILVRForConditionalGeneration":
         """Starts an ILVR model from a plain vision-language checkpoint.
 
         Adds the three latent tokens (the ids that [`ILVRProcessor.from_backbone`] gives them) and, where the
         vocabulary has no spare rows, resizes the embeddings. A checkpoint of the paper's reference code, recognised by
-        `latent_token_id` in its config, keeps its ids and its latent size.
+        `latent_token_id` in its config, keeps its ids, its latent size and its feedback.
+
+        Under `"rescale"` latents have the mean norm of a word's embedding until stage 1 measures that of its targets;
+        on the meta device, where there is none, `latent_norm` stays at the config's default.
 
         Args:
             name_or_path (`str`): Hub id or folder of the backbone.
             latent_size (`int`, *optional*, defaults to 8, or that of a reference checkpoint): K.
-            latent_head (`str`, *optional*, defaults to `"identity"`): see [`ILVRConfig`].
+            latent_head (`str`, *optional*, defaults to `"rescale"`, or `"identity"` for a reference checkpoint): see
+                [`ILVRConfig`]; `"identity"` is the paper's.
             kwargs: passed to `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
@@ -358,7 +375,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         config = ILVRConfig(
             vlm_config=vlm_config,
             latent_size=latent_size,
-            latent_head=latent_head,
+            latent_head=resolve_latent_head(vlm_config, latent_head),
             latent_start_token_id=ids[0],
             latent_pad_token_id=ids[1],
             latent_end_token_id=ids[2],
@@ -377,10 +394,8 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         model.model.latent_head.to_empty(device=vlm.device)
         model.model.latent_head.apply(model._init_weights)
         model.model.latent_head.to(vlm.dtype)
-        words = vlm.get_input_embeddings().weight.detach()
-        if latent_head == "rescale" and not words.is_meta:
-            # A word's size, until stage 1 has measured that of the features it aligns latents with.
-            config.latent_norm = float(words.norm(dim=-1, dtype=torch.float32).mean())
+        if config.latent_head == "rescale" and vlm.device.type != "meta":
+            config.latent_norm = mean_word_norm(vlm)
         model.generation_config = vlm.generation_config
         model.tie_weights()
         return model.eval()
@@ -451,6 +466,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         mm_encoder_outputs: dict | None = None,
         latent_values: torch.FloatTensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
         min_chunks: int | None = None,
@@ -492,6 +508,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             mm_encoder_outputs=mm_encoder_outputs,
             latent_values=latent_values,
             latent_mask=latent_mask,
+            latent_intervention=latent_intervention,
             jacobi_iterations=jacobi_iterations,
             jacobi_gradient_iterations=jacobi_gradient_iterations,
             min_chunks=min_chunks,

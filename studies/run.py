@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from examples.small_qwen import build_small_qwen
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.evaluation import Evaluator, Questions, follow_donors, run_controls
+from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
 
 from .study import Study
@@ -59,11 +59,11 @@ def run(study: Study, name: str, seed: int) -> Path:
 
 def train(study: Study, name: str, seed: int, folder: Path) -> None:
     """Trains an arm and saves its checkpoint."""
-    arm, task = study.arms[name], study.task_of(name, seed)
+    arm, task = study.arms[name], study.task_of(seed, arm=name)
     if arm.after is None:
         source = folder / "backbone"
         torch.manual_seed(seed)
-        build_small_qwen(source, task.texts(), **{**study.backbone, **arm.backbone})
+        build_small_qwen(source, study.task_of(seed).texts(), **{**study.backbone, **arm.backbone})
         model = ILVRForConditionalGeneration.from_backbone(source, **arm.model)
         # The patch projection stays random: boards need no better one, and its gradient is dear on a CPU.
         model.vlm.model.visual.patch_embed.requires_grad_(False)
@@ -105,7 +105,7 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     }
     form = "answer" if arm.form == "base" else arm.form
     for test, own in study.tests.items():
-        task = study.task_of(name, seed, test)
+        task = study.task_of(seed, test)
         questions = Questions.of_task(task, form=form, samples=own["samples"])
         result = run_questions(model, processor, questions, settings)
         result |= {"groups": [task.group(sample) for sample in questions.samples]}

@@ -17,9 +17,9 @@ class Arm:
     Args:
         form (`str`): of the task's training data and test questions, see [`~ilvr.tasks.Task`].
         settings (`dict`): of [`ILVRTrainingConfig`], on top of the study's.
+        task (`dict`, *optional*): settings of the task that it trains on, on top of the study's.
         after (`str`, *optional*): the arm whose checkpoint is trained further; a new backbone by default.
         backbone (`dict`, *optional*): sizes of a new backbone, on top of the study's.
-        task (`dict`, *optional*): settings of the task, on top of the study's.
         model (`dict`, *optional*): settings of the model that training starts with, such as `latent_head`.
         controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
         note (`str`, *optional*): what it is, for the table.
@@ -27,9 +27,9 @@ class Arm:
 
     form: str
     settings: dict[str, Any]
+    task: dict[str, Any] = field(default_factory=dict)
     after: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
-    task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
     note: str = ""
@@ -85,7 +85,8 @@ class Study:
         """The training settings of an arm."""
         return {"seed": seed, **self.training, **self.arms[arm].settings}
 
-    def task_of(self, arm: str, seed: int, test: str | None = None) -> Task:
-        """The task of an arm under a seed, with the settings of a test."""
-        own = {} if test is None else {k: v for k, v in self.tests[test].items() if k != "samples"}
-        return load_task(self.task, **{"seed": seed, **self.task_settings, **self.arms[arm].task, **own})
+    def task_of(self, seed: int, test: str | None = None, *, arm: str | None = None) -> Task:
+        """The task under a seed, with the settings of a test, or of an arm's training."""
+        own = self.tests[test] if test is not None else self.arms[arm].task if arm is not None else {}
+        own = {name: value for name, value in own.items() if name != "samples"}
+        return load_task(self.task, **{"seed": seed, **self.task_settings, **own})

@@ -91,7 +91,11 @@ class Task(ABC):
         return ""
 
     def donor_reference(self, sample: dict[str, Any], donor: dict[str, Any]) -> Any | None:
-        """As [`Task.reference`], if the last span of latents of `sample` were that of `donor`; `None` if unknown."""
+        """As [`Task.reference`], if the last span of latents of `sample` were that of `donor`; `None` if unknown.
+
+        Where it is the donor's own answer for all pairs of some samples, their `metadata` may say `tells_answer`: then
+        `swap_latents` trains on it.
+        """
         return None
 
     def followed_patches(self, sample: dict[str, Any]) -> list[int] | None:

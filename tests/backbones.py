@@ -3,7 +3,6 @@
 import json
 
 import torch
-from small_qwen import SPECIAL_TOKENS, build_small_qwen, train_tokenizer
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -26,6 +25,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from ilvr.tasks.small_qwen import SPECIAL_TOKENS, build_small_qwen, train_tokenizer
 
 
 TEXTS = ["Right Down Left Up \\boxed{R D L U} Plan a path to the goal."]

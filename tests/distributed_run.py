@@ -34,11 +34,21 @@ def whole(tensor):
     return tensor.detach().float().clone()
 
 
-def run(name: str, output_dir: Path, *, folder: str, samples: list, lora: bool = False, resume: int = 0, **settings):
+def run(
+    name: str,
+    output_dir: Path,
+    *,
+    folder: str,
+    samples: list,
+    lora: bool = False,
+    latent_head: str = "linear",
+    resume: int = 0,
+    **settings,
+):
     """Trains and saves losses and whole weights; with `resume`, goes on from that step's checkpoint."""
     torch.manual_seed(0)
     trainer = make_trainer(
-        ILVRForConditionalGeneration.from_pretrained(folder),
+        ILVRForConditionalGeneration.from_pretrained(folder, latent_head=latent_head),
         ILVRProcessor.from_pretrained(folder),
         output_dir / "run",
         [make_sample(words, question) for words, question in samples],

@@ -12,11 +12,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class HubServer(ThreadingHTTPServer):
-    """`with HubServer() as url:` serves the Hub's API there; `server.repos` maps repo ids to {path: bytes}."""
+    """`with HubServer() as url:` serves the Hub's API there; `server.repos` maps repo ids to {path: bytes}.
 
-    def __init__(self):
+    What else was asked for is in `private` (repo ids), `refs` (branches and tags, with what they were made from) and
+    `commits` (the branch of each). A `token`, if there is one, is the only one that may write.
+    """
+
+    def __init__(self, token: str | None = None):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.token = token
+        self.private: set[str] = set()
+        self.refs: dict[str, str | None] = {}
+        self.commits: list[str] = []
 
     def __enter__(self) -> str:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -61,18 +69,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body, repos = self._body(), self.server.repos
+        if self.server.token is not None and self.headers["Authorization"] != f"Bearer {self.server.token}":
+            return self._reply({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
             request = json.loads(body)
             repo = f"{request.get('organization') or 'user'}/{request['name']}"
             repos.setdefault(repo, {})
+            if request.get("visibility") == "private":
+                self.server.private.add(repo)
             return self._reply({"url": f"http://{self.headers['Host']}/{repo}", "id": repo, "name": repo})
         if self.path == "/api/validate-yaml":
             return self._reply({"errors": [], "warnings": []})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/[^/]+", self.path):
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             return self._reply({"files": [{k: f[k] for k in ("path", "uploadMode", "shouldIgnore")} for f in files]})
-        if match := re.fullmatch(r"/api/models/(.+)/commit/[^/]+", self.path):
+        if match := re.fullmatch(r"/api/models/(.+)/(branch|tag)/(.+)", self.path):
+            name = json.loads(body)["tag"] if match[2] == "tag" else match[3]
+            self.server.refs[name] = match[3] if match[2] == "tag" else None
+            return self._reply({})
+        if match := re.fullmatch(r"/api/models/(.+)/commit/([^/]+)", self.path):
             repo = match[1]
+            self.server.commits.append(match[2])
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":

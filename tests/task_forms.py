@@ -4,11 +4,11 @@ import json
 
 import pytest
 from datasets import Dataset
-from small_qwen import SPECIAL_TOKENS, train_tokenizer
 
 from ilvr.configuration_ilvr import LATENT_TOKENS
 from ilvr.tasks import Task
 from ilvr.tasks.forms import FILLER, FORMS
+from ilvr.tasks.small_qwen import SPECIAL_TOKENS, train_tokenizer
 
 
 def words_of(sample: dict, role: str) -> str:

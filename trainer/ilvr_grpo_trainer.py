@@ -23,7 +23,7 @@ from ilvr import ILVRProcessor, is_forced, pad_spans
 from ilvr.latent_spans import scatter_spans
 
 from .ilvr_grpo_config import ILVRGRPOConfig
-from .inputs.sampler import SeededByEpoch
+from .inputs.prompts import SeededByEpoch
 from .losses import gaussian_log_density
 from .rollouts import WithLatents, rollouts_with_latents
 from .running.adapters import complete_peft_config, complete_reference_adapter, freeze_vision_tower, ilvr_model

@@ -14,19 +14,21 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from trl import SFTTrainer
 
-from ilvr import ILVRProcessor
+from ilvr import ILVRConfig, ILVRProcessor
 from ilvr.latent_attention import AttentionRule
+from ilvr.latent_decoding import Intervention
 from ilvr.latent_spans import chunk_bounds
 
 from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, prepare_for
+from .inputs.data_preparation import PREPARED_COLUMNS, add_tells_answer, prepare_for
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
+from .latent_swaps import draw_donors, swap_last_spans
 from .losses import token_loss, token_statistics
 from .relevance import RELEVANCES, speaking_teacher
 from .running.adapters import complete_peft_config, freeze_vision_tower, ilvr_model, vision_modules
@@ -56,7 +58,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         train_dataset, eval_dataset (`Dataset`, `IterableDataset` or, for eval, a `dict` of them):
             conversations in TRL's vision format; an image part in an assistant turn is a helper image.
         processing_class ([`ILVRProcessor`], *optional*): loaded from the model's repository if not given.
-        callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`].
+        callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`]; the `train_sampler` of one
+            that has such draws the samples.
         peft_config (`PeftConfig`, *optional*): trains an adapter, completed by what latent spans need.
         attention_rule (`Callable`, *optional*): which columns the student may see, such as
             [`hide_images_after_first_span`]; the teacher sees all. Give `generate` the same.
@@ -118,6 +121,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         prepare = partial(prepare_for, processor=processing_class, args=args)
         with args.main_process_first(desc="preparation"):
             train_dataset, eval_dataset = prepare(train_dataset), _each(eval_dataset, prepare)
+            if args.swap_latents:
+                train_dataset = add_tells_answer(train_dataset)
 
         own: list[TrainerCallback] = []
         if self.keeps_teacher:
@@ -158,8 +163,6 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             with args.main_process_first(desc="selecting targets"):
                 self.train_dataset = self.select_once(self.train_dataset)
                 self.eval_dataset = _each(self.eval_dataset, lambda dataset, name: self.select_once(dataset))
-        if self.select_targets is not None and args.stage == 1 and self.student.config.latent_head == "rescale":
-            self.student.config.latent_norm = self._target_norm()
 
     def _target_selector(self, teacher: MomentumTeacher) -> TargetSelector:
         asks = SELECTORS[self.args.selection_method].asks_teacher
@@ -186,6 +189,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "train_sampler"):
+                return callback.train_sampler
         is_sized = has_length(dataset)
         if self.args.train_sampling_strategy != "group_by_length" or not is_sized:
             return super()._get_train_sampler(train_dataset)
@@ -203,7 +209,9 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        batch = LatentBatch.of(inputs)
+        batch, intervention = LatentBatch.of(inputs), None
+        if self.args.swap_latents and model.training:
+            batch, intervention = self._swap_latents(batch)
 
         # 1. Images: encoded once, shared by teacher and student while the vision tower is frozen.
         batch.inputs = inputs = self.encode_user_images(batch.inputs)
@@ -221,6 +229,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         outputs = model(
             **inputs,
             **self.student_inputs(inputs, selection, training=model.training),
+            latent_intervention=intervention,
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
             jacobi_iterations=self.args.jacobi_iterations,
             jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
@@ -248,6 +257,13 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         self.record(len(spans), spans_per_sample=spans.float().mean())
         self.record_tokens(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _swap_latents(self, batch: LatentBatch) -> tuple[LatentBatch, Intervention | None]:
+        start_id = self.student.config.latent_start_token_id
+        donors = draw_donors(batch, self.args.swap_latents, start_id)
+        swapped = donors != torch.arange(len(donors), device=donors.device)
+        self.record(len(donors), swapped_share=swapped.float().mean())
+        return swap_last_spans(batch, donors, start_id) if swapped.any() else (batch, None)
 
     def _alignment(self, latents: torch.Tensor, selection: Selection) -> torch.Tensor:
         """The alignment loss of the predicted latents (B, S, K, D); it and what belongs to it are recorded."""
@@ -340,20 +356,31 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         return [self.student.config.latent_size, *(getattr(self.args, name) for name in names)]
 
     @torch.no_grad()
-    def _target_norm(self) -> float:
-        """The mean L2 norm of the targets of some samples."""
-        rows = [row for row in islice(cast(Any, self.train_dataset), 512) if row["num_spans"]][:64]
+    def measure_latent_norm(self) -> None:
+        """Under `latent_head="rescale"`, sets the norm of latents to the mean norm of the targets of 64 samples.
+
+        Before the first step of stage 1, when engines have put the weights where they compute; a run that goes on
+        reads it from its checkpoint.
+        """
+        config, dataset = self.student.config, cast(Any, self.train_dataset)
+        if self.args.stage != 1 or config.latent_head != "rescale":
+            return
+        if isinstance(dataset, Dataset):
+            numbers = [i for i, count in enumerate(dataset["num_spans"]) if count][:64]
+            rows = [dataset[i] for i in numbers]
+        else:
+            rows = list(islice((row for row in islice(dataset, 512) if row["num_spans"]), 64))
         if not rows:
             raise ValueError(
                 "latent_head='rescale' measures the features of helper images, and the first 512 samples have none. "
-                "Shuffle the data."
+                "Shuffle the data, or start the model with latent_head='identity'."
             )
         norms = []
         for start in range(0, len(rows), 16):
             with self.accelerator.autocast():
                 selection = cast(TargetSelector, self.select_targets)(self._batch_of(rows[start : start + 16]))
             norms.append(cast(Selection, selection).targets.norm(dim=-1)[cast(Selection, selection).mask])
-        return float(torch.cat(norms).mean())
+        config.latent_norm = float(torch.cat(norms).mean())
 
     @torch.no_grad()
     def _encode_batch(self, inputs: dict[str, torch.Tensor]):
@@ -382,13 +409,16 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
     def save_method_state(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.save(folder, self.args.should_save)
+        if self.args.should_save:
+            self.student.config.save_pretrained(folder)  # which sharded checkpoints do not hold otherwise
 
     def load_method_state(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.load(folder)
+        self.student.config.latent_norm = ILVRConfig.from_pretrained(folder).latent_norm  # measured at the first step
 
     def method_files(self) -> list[str]:
-        return [] if self.teacher is None else [TEACHER_FILE]
+        return [CONFIG_NAME] if self.teacher is None else [TEACHER_FILE, CONFIG_NAME]
 
     def run_settings(self) -> dict[str, Any]:
         return {"stage": self.args.stage, "attention_rule": self._rule_name(), **super().run_settings()}
@@ -402,6 +432,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             "attention rule": self._rule_name(),
             "image dropout": args.image_dropout and f"{args.image_dropout}, {args.image_dropout_schedule}",
             "own latents": args.own_latents,
+            "swapped latents": args.swap_latents,
         }
         given = {name: value for name, value in given.items() if value}
         if not args.aligns:

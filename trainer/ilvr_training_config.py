@@ -71,6 +71,10 @@ class ILVRTrainingConfig(SFTConfig):
         own_latents (`float`, *optional*, defaults to 0.0):
             Share of rows in stage 1, growing over the run from 0, that are fed the latents which the model predicts,
             as in inference, in place of targets (scheduled sampling, arXiv 1506.03099). Takes a forward more.
+        swap_latents (`float`, *optional*, defaults to 0.0):
+            Probability with which stage 2 gives a row the last span of another row of the batch, and trains it on the
+            answer that follows (ours; interchange interventions, arXiv 2112.00826). For rows whose `metadata` says
+            `tells_answer`: the words after the last span follow from its latents alone.
 
         > Loss
 
@@ -171,6 +175,9 @@ class ILVRTrainingConfig(SFTConfig):
     own_latents: float = field(
         default=0.0, metadata={"help": "Share of rows that stage 1 feeds the model's own latents by the end of a run."}
     )
+    swap_latents: float = field(
+        default=0.0, metadata={"help": "Share of rows that stage 2 gives another row's last span, and its answer."}
+    )
 
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy."})
     alignment_weight: float | None = field(
@@ -180,7 +187,7 @@ class ILVRTrainingConfig(SFTConfig):
         default=False, metadata={"help": "Whether the weight of the alignment loss falls to 0 over the run."}
     )
     alignment: str = field(
-        default="cosine", metadata={"help": "The alignment loss.", "choices": ["cosine", "infonce"]}
+        default="cosine", metadata={"help": "The alignment loss.", "choices": ["cosine", "infonce", "centred"]}
     )
     alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE alignment."})
     alignment_noise: float = field(default=0.01, metadata={"help": "Noise added to the alignment targets."})
@@ -260,9 +267,28 @@ class ILVRTrainingConfig(SFTConfig):
                 "`own_latents` must lie in [0, 1], and is for stage 1: stage 2 is fed nothing else. Got "
                 f"{self.own_latents} in stage {self.stage}."
             )
+        if self.swap_latents:
+            self._check_swap_latents()
         # The trainer prepares the data itself; TRL's own preparation knows nothing of latent spans.
         given = cast(dict[str, Any], self.dataset_kwargs or {})  # TRL has parsed the string of a command line
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+
+    def _check_swap_latents(self) -> None:
+        if not 0 <= self.swap_latents < 1:
+            raise ValueError(
+                f"`swap_latents` must lie in [0, 1), got {self.swap_latents}: some rows have to be donors."
+            )
+        cannot = {
+            f"`stage={self.stage}`: stage 1 feeds targets. Set stage=2": self.stage != 2,
+            "`jacobi_iterations`: latents are swapped one after the other. Leave it out": self.jacobi_iterations,
+            "`alignment_weight`: targets are the row's own. Set it to 0": self.alignment_weight,
+            "a batch of 1, which has no other row. Raise per_device_train_batch_size": (
+                self.per_device_train_batch_size < 2
+            ),
+        }
+        for reason, holds in cannot.items():
+            if holds:
+                raise ValueError(f"`swap_latents={self.swap_latents}` does not go with {reason}.")
 
     @property
     def aligns(self) -> bool:

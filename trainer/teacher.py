@@ -136,6 +136,8 @@ class TeacherUpdateCallback(TrainerCallback):
         # By now the engine has prepared the student, and a checkpoint to resume from has been read.
         if self.trainer.accelerator.is_fsdp2:
             self.trainer.teacher.shard(self.trainer.accelerator)
+        if state.global_step == 0:
+            self.trainer.measure_latent_norm()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:

@@ -1,7 +1,7 @@
 """Boards of tiles with dot patterns, what moves do to them, and the drawing of moves.
 
-The state of a tile is nine bits that have no name, so it is dear to write; and what a stamp does depends on what moves
-have made of another tile, so it cannot be read off the first picture.
+The state of a tile is bits that have no name, nine or more, so it is dear to write; and what a stamp does depends on
+what moves have made of another tile, so it cannot be read off the first picture.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from math import isqrt
 
 from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
 
@@ -20,7 +21,6 @@ ARGUMENTS = {
     "flip": ("sideways", "over"),  # which sides change places: left and right, top and bottom
     "stamp": tuple(DIRECTIONS),  # of which neighbour
 }
-SIDE = 3  # of a pattern
 # So that the largest floor stays below 60 % at six moves, see `floors.py`.
 WEIGHTS = {"swap": 0.15, "turn": 0.15, "flip": 0.15, "stamp": 0.55}
 TOUCH = 0.6
@@ -32,7 +32,8 @@ class GlyphBoard:
     """A square board of tiles, one of which is followed.
 
     Args:
-        tiles (`tuple[str, ...]`): the patterns in raster order, each nine bits in raster order, such as `"010111010"`.
+        tiles (`tuple[str, ...]`): the patterns in raster order, each a square of bits in raster order, such as
+            `"010111010"`.
         followed (`tuple[int, int]`): row and column of the tile that is followed.
     """
 
@@ -41,7 +42,7 @@ class GlyphBoard:
 
     @property
     def size(self) -> int:
-        return round(len(self.tiles) ** 0.5)
+        return isqrt(len(self.tiles))
 
     def __getitem__(self, cell: Cell) -> str:
         return self.tiles[patch_of(cell, self.size)]
@@ -94,7 +95,7 @@ def parse_move(move: str) -> tuple[str, Cell, str]:
 @cache
 def all_moves(size: int) -> frozenset[str]:
     """The moves of a board. A swap has two names, one from each of its tiles."""
-    board = GlyphBoard(("0" * SIDE**2,) * size**2, (0, 0))
+    board = GlyphBoard(("0",) * size**2, (0, 0))
     return frozenset(
         f"{kind} {cell_name(cell)} {argument}"
         for cell in all_cells(size)
@@ -105,13 +106,13 @@ def all_moves(size: int) -> frozenset[str]:
 
 def turned(pattern: str, way: str) -> str:
     """A pattern turned by a quarter, `left` or `right`."""
-    columns = ["".join(column) for column in zip(*_rows(pattern))]
+    columns = ["".join(column) for column in zip(*rows_of(pattern))]
     return "".join(reversed(columns) if way == "left" else (column[::-1] for column in columns))
 
 
 def flipped(pattern: str, way: str) -> str:
     """A pattern with left and right (`sideways`) or top and bottom (`over`) changed."""
-    rows = _rows(pattern)
+    rows = rows_of(pattern)
     return "".join(reversed(rows) if way == "over" else (row[::-1] for row in rows))
 
 
@@ -120,14 +121,17 @@ def stamped(pattern: str, stamp: str) -> str:
     return "".join("01"[one != other] for one, other in zip(pattern, stamp))
 
 
-def _rows(pattern: str) -> list[str]:
-    return [pattern[start : start + SIDE] for start in range(0, SIDE**2, SIDE)]
+def rows_of(pattern: str) -> list[str]:
+    """The rows of a pattern."""
+    side = isqrt(len(pattern))
+    return [pattern[start : start + side] for start in range(0, len(pattern), side)]
 
 
-def sample_board(rng: random.Random, size: int, split: str, seed: int) -> GlyphBoard:
-    """A board of a split; each dot, and the tile that is followed, drawn by `rng`."""
+def sample_board(rng: random.Random, size: int, side: int, split: str, seed: int) -> GlyphBoard:
+    """A board of a split, with patterns of `side` x `side` dots; each dot, and the tile that is followed, drawn by
+    `rng`."""
     while True:
-        tiles = tuple(f"{rng.getrandbits(SIDE**2):0{SIDE**2}b}" for _ in range(size**2))
+        tiles = tuple(f"{rng.getrandbits(side**2):0{side**2}b}" for _ in range(size**2))
         board = GlyphBoard(tiles, (rng.randrange(size), rng.randrange(size)))
         if board.split(seed) == split:
             return board

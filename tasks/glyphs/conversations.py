@@ -3,6 +3,7 @@
 The words of a trace number and name each move and never say what it leads to: that is left to the latents.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from ilvr.data.conversations import ConversationBuilder
@@ -10,7 +11,7 @@ from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
 from ilvr.tasks.forms import FILLER, INSTRUCTIONS, add_step
 from ilvr.tasks.images import as_png
 
-from .board import ARGUMENTS, SIDE, GlyphBoard, parse_move
+from .board import ARGUMENTS, GlyphBoard, parse_move
 from .rendering import render_glyph_board
 
 
@@ -18,18 +19,19 @@ Steps = list[tuple[str, GlyphBoard]]  # moves with the board after each
 
 QUESTION = "Follow the tile at {}. What is on it at the end? Moves: {}. "
 WHAT = "What is on {}?"
-LETTERS = "ABCDEFGH"  # of the eight rows of three dots, in the order of their bits
-BASE_TILES, BASE_MOVES = 4, (1, 1, 2)  # what a small backbone is asked about a picture: tiles, moves to do at once
+BITS = ("0", "1")
+LETTERS = [letter for letter in map(chr, range(ord("A"), 0x2000)) if letter.isupper()]  # words for several bits
 
 
-def spelled(pattern: str) -> str:
-    """A pattern as nine words, as answers spell it."""
-    return " ".join(pattern)
+def alphabet(word_bits: int) -> Sequence[str]:
+    """The words that say so many bits, in the order of the bits' values."""
+    return BITS if word_bits == 1 else LETTERS[: 2**word_bits]
 
 
-def shortened(pattern: str) -> str:
-    """A pattern as three words, a letter for each row."""
-    return " ".join(LETTERS[int(pattern[start : start + SIDE], 2)] for start in range(0, SIDE**2, SIDE))
+def spelled(pattern: str, word_bits: int) -> str:
+    """A pattern in words of so many bits each, the last one of those that are left."""
+    words = alphabet(word_bits)
+    return " ".join(words[int(pattern[i : i + word_bits], 2)] for i in range(0, len(pattern), word_bits))
 
 
 def question_of(followed: Cell, moves: list[str], form: str) -> str:
@@ -38,16 +40,15 @@ def question_of(followed: Cell, moves: list[str], form: str) -> str:
     return QUESTION.format(cell_name(followed), numbered) + INSTRUCTIONS[form]
 
 
-def vocabulary(size: int, max_moves: int) -> list[str]:
+def vocabulary(size: int, max_moves: int, words: Sequence[str]) -> list[str]:
     """Texts that hold every word of the task."""
     cells = " ".join(f" {cell_name(cell)}" for cell in all_cells(size))
     moves = [f"{kind} a x {argument}" for kind, arguments in ARGUMENTS.items() for argument in arguments]
     questions = [question_of((0, 0), moves, form) for form in INSTRUCTIONS]
     numbers = " ".join(f" {n}" for n in range(max_moves + 1))
-    boxed = f" \\boxed{{{spelled('010')}}} \\boxed{{{spelled('101')}}}"
+    boxed = " ".join(f" \\boxed{{ {word} {word}}}" for word in words)
     places = [WHAT.format(cell_name(cell)) for cell in all_cells(size)]
-    letters = "".join(f" {letter}" for letter in LETTERS)
-    return [*questions, *places, cells, boxed, numbers, letters, FILLER * 4] * 3
+    return [*questions, *places, cells, boxed, numbers, FILLER * 4] * 3
 
 
 def told_cell(move: str, after: GlyphBoard, state_of: str) -> Cell:
@@ -65,7 +66,14 @@ def told_cell(move: str, after: GlyphBoard, state_of: str) -> Cell:
 
 
 def conversation(
-    board: GlyphBoard, steps: Steps, form: str, *, state_of: str = "followed", latent_size: int = 1
+    board: GlyphBoard,
+    steps: Steps,
+    form: str,
+    *,
+    word_bits: int = 1,
+    short_word_bits: int = 3,
+    state_of: str = "followed",
+    latent_size: int = 1,
 ) -> dict[str, Any]:
     """One question about one board.
 
@@ -73,6 +81,8 @@ def conversation(
         board (`GlyphBoard`): in the picture.
         steps (`list[tuple]`): the moves with the board after each, see [`~board.sample_moves`].
         form (`str`): one of `ilvr.tasks.forms.FORMS`; the state in words is the place of a tile and its pattern.
+        word_bits (`int`), short_word_bits (`int`): of a pattern that a word says, in answers and `text`, and in the
+            shortest spelling, see [`spelled`].
         state_of (`str`, *optional*, defaults to `"followed"`): the tile whose state a step tells, or `"moved"`.
         latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
 
@@ -87,33 +97,36 @@ def conversation(
     for number, ((move, after), cell, pattern) in enumerate(zip(steps, told, patterns), start=1):
         add_step(
             *(builder, form, f" {number} {move}"),
-            state=f" {cell_name(cell)} {spelled(pattern)}",
-            short_state=f" {shortened(pattern)} {cell_name(cell)}",
+            state=f" {cell_name(cell)} {spelled(pattern, word_bits)}",
+            short_state=f" {spelled(pattern, short_word_bits)} {cell_name(cell)}",
             picture=lambda after=after: render_glyph_board(after),
             latent_size=latent_size,
         )
     last = steps[-1][1]
-    answer = spelled(last[last.followed])
-    builder.add_text(f" \\boxed{{{answer}}}", "answer")
+    answer = spelled(last[last.followed], word_bits)
+    builder.add_text(f" \\boxed{{ {answer}}}", "answer")
     metadata = {
         "tiles": list(board.tiles),
         "tile": cell_name(board.followed),
         "moves": moves,
-        "told": [patch_of(cell, board.size) for cell in told],
+        "followed": [patch_of(cell, board.size) for cell in told],
         "tells_answer": told[-1] == last.followed,
-        "last_told": spelled(patterns[-1]),
+        "last_told": spelled(patterns[-1], word_bits),
         "helper_questions": [WHAT.format(cell_name(cell)) for cell in told] if form == "trace" else None,
     }
     return builder.finish(metadata, set(), answer)
 
 
-def base_conversation(board: GlyphBoard, cells: list[Cell], questions: list[Steps]) -> dict[str, Any]:
+def base_conversation(
+    board: GlyphBoard, cells: list[Cell], questions: list[Steps], *, word_bits: int = 1
+) -> dict[str, Any]:
     """What teaches a small backbone to see: what is on some tiles, one of them first of all, and short questions.
 
     Args:
         board (`GlyphBoard`): in the picture.
         cells (`list[Cell]`): asked about.
         questions (`list`): moves with the board after each; the tile that the board follows is asked for.
+        word_bits (`int`, *optional*, defaults to 1): see [`spelled`].
     """
     turns = [(WHAT.format(cell_name(cell)), board[cell]) for cell in cells]
     for steps in questions:
@@ -125,9 +138,9 @@ def base_conversation(board: GlyphBoard, cells: list[Cell], questions: list[Step
             builder.add_turn("user", "question")
             builder.add_text(question, "question")
         builder.add_turn("assistant", "answer")
-        builder.add_text(f" \\boxed{{{spelled(pattern)}}}", "answer")
+        builder.add_text(f" \\boxed{{ {spelled(pattern, word_bits)}}}", "answer")
     metadata = {"tiles": list(board.tiles), "tile": cell_name(board.followed)}
-    return builder.finish(metadata, set(), spelled(turns[0][1]))
+    return builder.finish(metadata, set(), spelled(turns[0][1], word_bits))
 
 
 def board_of(metadata: dict[str, Any]) -> GlyphBoard:

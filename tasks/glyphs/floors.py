@@ -78,6 +78,7 @@ def measure_floors(
     episodes: int = 4000,
     seed: int = 0,
     size: int = 4,
+    side: int = 3,
     weights: dict[str, float] = WEIGHTS,
     touch: float = TOUCH,
 ) -> dict[str, tuple[float, float]]:
@@ -87,14 +88,14 @@ def measure_floors(
         number_of_moves (`int`): of each question.
         episodes (`int`, *optional*, defaults to 4000): questions.
         seed (`int`, *optional*, defaults to 0): of boards and moves.
-        size (`int`), weights (`dict`), touch (`float`): as those of [`~glyphs.Glyphs`].
+        size (`int`), side (`int`), weights (`dict`), touch (`float`): as those of [`~glyphs.Glyphs`].
 
     Returns:
         `dict`: by floor, the share of patterns that are right as a whole, and that of their dots.
     """
     rng, rates = random.Random(f"floors-{seed}"), {}
     for _ in range(episodes):
-        board = sample_board(rng, size, "test", seed)
+        board = sample_board(rng, size, side, "test", seed)
         steps = sample_moves(rng, board, number_of_moves, weights=weights, touch=touch)
         end = steps[-1][1]
         right = end[end.followed]

@@ -1,17 +1,17 @@
 """Boards of glyphs as images: 64 pixels a tile, a large dot for each bit that is set and a speck for each other."""
 
 from functools import cache
+from math import isqrt
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .board import SIDE, GlyphBoard
+from .board import GlyphBoard
 
 
 TILE_PIXELS = 64
 EDGE, PAPER, SPECK, DOT = "#8d99ae", "#f4f1e8", "#c9c4b5", "#1d3557"
-FIRST, APART = 14, 18  # centre of the first dot, distance to the next, in pixels
-DOT_RADIUS, SPECK_RADIUS = 7, 2
+DOT_RADIUS, SPECK_RADIUS = 0.36, 0.1  # of the distance between centres
 SMOOTH = 4  # drawn larger and made smaller, so that dots are round
 
 
@@ -22,11 +22,13 @@ def tile(pattern: str) -> np.ndarray:
     image = Image.new("RGB", (edge, edge), EDGE)
     pen = ImageDraw.Draw(image)
     pen.rectangle([SMOOTH, SMOOTH, edge - SMOOTH - 1, edge - SMOOTH - 1], fill=PAPER)
+    side = isqrt(len(pattern))
+    apart = edge / side
     for number, bit in enumerate(pattern):
-        row, column = divmod(number, SIDE)
+        row, column = divmod(number, side)
         radius, color = (DOT_RADIUS, DOT) if bit == "1" else (SPECK_RADIUS, SPECK)
-        x, y = (FIRST + APART * place for place in (column, row))
-        pen.ellipse([SMOOTH * side for side in (x - radius, y - radius, x + radius, y + radius)], fill=color)
+        box = (column - radius, row - radius, column + radius, row + radius)
+        pen.ellipse([apart * (place + 0.5) for place in box], fill=color)
     return np.asarray(image.resize((TILE_PIXELS, TILE_PIXELS), Image.Resampling.BOX))
 
 

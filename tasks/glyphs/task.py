@@ -17,8 +17,7 @@ from ilvr.tasks.task import Task
 
 from .board import ARGUMENTS, TOUCH, WEIGHTS, sample_board, sample_moves
 from .conversations import (
-    BASE_MOVES,
-    BASE_TILES,
+    alphabet,
     base_conversation,
     board_of,
     conversation,
@@ -28,6 +27,9 @@ from .conversations import (
 from .rendering import render_glyph_board
 
 
+CONVERSATION_SETTINGS = ("word_bits", "short_word_bits", "state_of", "latent_size")
+
+
 @dataclass
 class Glyphs(Task):
     """Following a tile and the dots on it through swaps, turns, flips and stamps.
@@ -35,13 +37,17 @@ class Glyphs(Task):
     **What training is told.** `selection_method="answer_gradient"` asks of each helper image what is on the tile that
     is followed, and names the place where it then is: each row's `helper_questions`. So the *place* is a label, which
     the world knows, in training; the pattern there is what the model itself sees, and no question says it. At
-    inference nothing is named but the tile's place at first. An answer has 13 tokens: set `max_helper_answer_tokens`
-    to 16.
+    inference nothing is named but the tile's place at first. An answer has 4 tokens more than a pattern has bits: set
+    `max_helper_answer_tokens` to that.
 
     Args:
         boards (`int`), test_boards (`int`): training and test samples, a board each.
         base_boards (`int`, *optional*, defaults to 0): boards that a small backbone learns to see on.
-        size (`int`, *optional*, defaults to 4): of a board, 2 to 5.
+        size (`int`, *optional*, defaults to 4): of a board, 1 to 5; one tile can be turned and flipped only.
+        side (`int`, *optional*, defaults to 3): of a pattern, in dots, 2 to 5.
+        word_bits (`int`, *optional*, defaults to 1): of a pattern that a word says, in answers and in `text`; as many
+            as `side` is a letter for each row. In `text_equal` a word says as many as it takes to say the pattern in
+            K + 2 words.
         lengths (`tuple[int, int]`, *optional*, defaults to `(4, 8)`): fewest and most moves of a training sample.
         test_lengths (`tuple[int, int]`, *optional*, defaults to `lengths`): and of a test.
         weights (`Mapping[str, float]`, *optional*, defaults to swap 0.15, turn 0.15, flip 0.15, stamp 0.55):
@@ -52,6 +58,8 @@ class Glyphs(Task):
         state_of (`str`, *optional*, defaults to `"followed"`): whose pattern a step tells, by latents or in words: of
             the tile that is `"followed"`, or of the one that the move `"moved"`. The first leaves it to the model to
             keep what moves do to tiles that stamps come from.
+        base_tiles (`int`, *optional*, defaults to 4): tiles of a picture that a small backbone is asked about.
+        base_moves (`tuple[int, ...]`, *optional*, defaults to `(1, 1, 2)`): and moves of each question to do at once.
         latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.
         seed (`int`, *optional*, defaults to 0): fixes boards, splits and moves.
 
@@ -63,11 +71,15 @@ class Glyphs(Task):
     test_boards: int
     base_boards: int = 0
     size: int = 4
+    side: int = 3
+    word_bits: int = 1
     lengths: tuple[int, int] = (4, 8)
     test_lengths: tuple[int, int] | None = None
     weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     touch: float = TOUCH
     state_of: str = "followed"
+    base_tiles: int = 4
+    base_moves: tuple[int, ...] = (1, 1, 2)
     latent_size: int = 1
     seed: int = 0
 
@@ -77,9 +89,10 @@ class Glyphs(Task):
 
     def __post_init__(self) -> None:
         self.test_lengths = self.test_lengths or self.lengths
-        if not 2 <= self.size <= 5 or not 0 <= self.touch <= 1:
+        if not 1 <= self.size <= 5 or not 2 <= self.side <= 5 or not 0 <= self.touch <= 1:
             raise ValueError(
-                f"Boards of glyphs have size 2 to 5, and touch is a share, got size {self.size}, touch {self.touch}."
+                "Boards of glyphs have size 1 to 5, patterns side 2 to 5, and touch is a share, got size "
+                f"{self.size}, side {self.side}, touch {self.touch}."
             )
         for name in ("lengths", "test_lengths"):
             values = getattr(self, name)
@@ -87,6 +100,12 @@ class Glyphs(Task):
                 raise ValueError(f"{name} must be a fewest and a most number of moves, from 1 on, got {values}.")
         if set(self.weights) - set(ARGUMENTS) or min(self.weights.values(), default=0) < 0 or not self._total() > 0:
             raise ValueError(f"weights must name some of {', '.join(ARGUMENTS)}, not all 0, got {self.weights}.")
+        needs_neighbours = self.touch < 1 or any(self.weights.get(kind) for kind in ("swap", "stamp"))
+        if self.size == 1 and needs_neighbours:
+            raise ValueError(
+                "A board of one tile has no neighbours to swap, stamp or move: leave swap and stamp out of weights "
+                f"and set touch to 1, got {self.weights} and {self.touch}."
+            )
         if self.state_of not in ("followed", "moved"):
             raise ValueError(f"state_of must be 'followed' or 'moved', got {self.state_of!r}.")
         check_latent_size(self.latent_size)
@@ -103,8 +122,15 @@ class Glyphs(Task):
         check_form(split, form)
         return generate_dataset(_rows, split, {"task": self, "split": split, "form": form})
 
+    @property
+    def short_word_bits(self) -> int:
+        """Of the words of `text_equal`: a pattern in K + 2 of them."""
+        return -(-(self.side**2) // (self.latent_size + 2))
+
     def texts(self) -> list[str]:
-        return vocabulary(self.size, max(self.lengths[1], (self.test_lengths or self.lengths)[1], *BASE_MOVES))
+        words = {word: None for bits in (self.word_bits, self.short_word_bits) for word in alphabet(bits)}
+        most_moves = max(self.lengths[1], (self.test_lengths or self.lengths)[1], *self.base_moves)
+        return vocabulary(self.size, most_moves, list(words))
 
     def donor_reference(self, sample: dict[str, Any], donor: dict[str, Any]) -> str | None:
         """What the donor's last span tells, if that of the sample tells its answer."""
@@ -113,7 +139,7 @@ class Glyphs(Task):
 
     def followed_patches(self, sample: dict[str, Any]) -> list[int]:
         """The tile whose state each step tells, in raster order; a patch is as large as a tile."""
-        return json.loads(sample["metadata"])["told"]
+        return json.loads(sample["metadata"])["followed"]
 
     def group(self, sample: dict[str, Any]) -> str:
         return f"{len(json.loads(sample['metadata'])['moves'])} moves"
@@ -136,10 +162,12 @@ def _rows(task: Glyphs, split: str, form: str) -> Iterator[dict[str, Any]]:
     for i in range(number):
         # The forms ask the same questions: what is drawn depends on the split alone.
         rng = random.Random(f"{task.seed}-{'base' if is_base else 'follow'}-{split}-{i}")
-        board = sample_board(rng, task.size, split, task.seed)
+        board = sample_board(rng, task.size, task.side, split, task.seed)
         if is_base:
-            cells = rng.sample(all_cells(task.size), BASE_TILES)
-            yield base_conversation(board, cells, [draw(rng, board, n) for n in BASE_MOVES])
+            cells = rng.sample(all_cells(task.size), task.base_tiles)
+            questions = [draw(rng, board, n) for n in task.base_moves]
+            yield base_conversation(board, cells, questions, word_bits=task.word_bits)
         else:
             steps = draw(rng, board, rng.randint(*lengths))
-            yield conversation(board, steps, form, state_of=task.state_of, latent_size=task.latent_size)
+            settings = {name: getattr(task, name) for name in CONVERSATION_SETTINGS}
+            yield conversation(board, steps, form, **settings)

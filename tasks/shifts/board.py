@@ -6,7 +6,9 @@ is. So the shifts have to be taken one after the other; there is no shortcut thr
 
 import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ilvr.tasks.cells import Cell, cell_name, column_names, row_names
 
@@ -49,6 +51,10 @@ class ShiftBoard:
         turned = turned._shift_row(column_names(self.size).index(line), by)
         return ShiftBoard(_transposed(turned.rows), turned.player[::-1])
 
+    def after(self, shifts: Iterable[str]) -> list["ShiftBoard"]:
+        """The board after each of some shifts, one after the other."""
+        return list(accumulate(shifts, ShiftBoard.shift, initial=self))[1:]
+
     def _shift_row(self, number: int, by: int) -> "ShiftBoard":
         rows = list(self.rows)
         rows[number] = "".join(rows[number][(column - by) % self.size] for column in range(self.size))
@@ -76,18 +82,17 @@ def sample_board(rng: random.Random, size: int, split: str, seed: int) -> ShiftB
             return board
 
 
-def sample_shifts(rng: random.Random, board: ShiftBoard, number: int, touch: float) -> list[tuple[str, ShiftBoard]]:
-    """Shifts with the board after each; a share `touch` of them is drawn from those that move the player."""
-    steps = []
+def sample_shifts(rng: random.Random, board: ShiftBoard, number: int, touch: float) -> list[str]:
+    """Shifts one after the other; a share `touch` of them is drawn from those that move the player."""
+    drawn = []
     for _ in range(number):
         row, column = cell_name(board.player).split()
         shifts = all_shifts(board.size)
         if rng.random() < touch:
             shifts = [shift for shift in shifts if shift[0] in (row, column)]
-        shift = rng.choice(shifts)
-        board = board.shift(shift)
-        steps.append((shift, board))
-    return steps
+        drawn.append(rng.choice(shifts))
+        board = board.shift(drawn[-1])
+    return drawn
 
 
 def _transposed(rows: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +16,7 @@ from ilvr.tasks.generation import generate_dataset
 from ilvr.tasks.task import Task
 
 from .board import ShiftBoard, sample_board, sample_shifts
-from .conversations import BASE_SHIFTS, WHERE, base_conversation, conversation, question_of, vocabulary
+from .conversations import BASE_SHIFTS, WHERE, Asked, base_conversation, conversation, question_of, vocabulary
 from .rendering import render_shift_board
 
 
@@ -36,7 +37,8 @@ class Shifts(Task):
         test_lengths (`tuple[int, int]`, *optional*, defaults to `lengths`): and of a test.
         listed (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
             Fewest and most shifts that the question of a training sample lists: those that it asks for, which are
-            never left out, and others behind them. A model finds the shifts of long lists if it has seen such lists.
+            never left out, and others before and behind them. A model finds the shifts of long lists by their numbers
+            if it has seen such lists.
         test_listed (`tuple[int, int]`, *optional*, defaults to `listed`): and of a test.
         number_from (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
             Least and greatest number of the first shift of a training sample; the others count on from it. Tests that
@@ -44,8 +46,8 @@ class Shifts(Task):
             lengths of 4 to 10, `(1, 13)` trains all numbers up to 22.
         test_number_from (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): and of a test.
         touch (`float`, *optional*, defaults to 0.6): share of shifts drawn from those that move the player.
-        names_shifts (`bool`, *optional*, defaults to `True`): whether steps name the shift, or its number alone, so that
-            it has to be looked up in the question.
+        names_shifts (`bool`, *optional*, defaults to `True`): whether steps name the shift, or its number alone, so
+            that it has to be looked up in the question.
         latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.
         seed (`int`, *optional*, defaults to 0): fixes boards, splits and shifts.
 
@@ -70,7 +72,7 @@ class Shifts(Task):
 
     title = "Shifts"
     metric = "boxed_exact_match"
-    prompt = question_of(["b L", "x D", "b R"], "trace")
+    prompt = question_of(Asked(("b L", "x D", "b R"), 0, 3), "trace")
     helper_question = WHERE
 
     def __post_init__(self) -> None:
@@ -144,18 +146,20 @@ def _rows(task: Shifts, split: str, form: str) -> Iterator[dict[str, Any]]:
         # The forms ask the same questions: what is drawn depends on the split alone.
         rng = random.Random(f"{task.seed}-{'base' if is_base else 'follow'}-{split}-{i}")
         board = sample_board(rng, task.size, split, task.seed)
+        draw = partial(_asked, rng, board, touch=task.touch, first_numbers=first_numbers)
         if is_base:
-            taken = [(sample_shifts(rng, board, n, task.touch), rng.randint(*first_numbers)) for n in BASE_SHIFTS]
-            asked = rng.randint(lengths[0], max(lengths[1], listed[1]))
-            repeated = sample_shifts(rng, board, max(asked, rng.randint(*listed)), task.touch)
-            yield base_conversation(board, taken, [shift for shift, _ in repeated], asked)
+            at_once = [draw(number, (1, 1)) for number in BASE_SHIFTS]
+            yield base_conversation(board, at_once, draw(rng.randint(lengths[0], max(lengths[1], listed[1])), listed))
         else:
-            asked = rng.randint(*lengths)
-            steps = sample_shifts(rng, board, max(asked, rng.randint(*listed)), task.touch)
-            yield conversation(
-                *(board, steps[:asked], form),
-                first_number=rng.randint(*first_numbers),
-                unasked=[shift for shift, _ in steps[asked:]],
-                names_shifts=task.names_shifts,
-                latent_size=task.latent_size,
-            )
+            asked = draw(rng.randint(*lengths), listed)
+            yield conversation(board, asked, form, names_shifts=task.names_shifts, latent_size=task.latent_size)
+
+
+def _asked(
+    rng: random.Random, board: ShiftBoard, number: int, listed: Range, *, touch: float, first_numbers: Range
+) -> Asked:
+    """`number` shifts from `board` on, at a place drawn in a list as long as `listed` says."""
+    shifts = sample_shifts(rng, board, number, touch)
+    unasked = sample_shifts(rng, board, max(0, rng.randint(*listed) - number), touch)
+    first = rng.randint(0, len(unasked))
+    return Asked((*unasked[:first], *shifts, *unasked[first:]), first, number, rng.randint(*first_numbers))

@@ -10,9 +10,9 @@ from datasets import Dataset, Image, List
 from helpers import MIRAGE, MONET, NATIVE, REFERENCE, ROWS, make_image, make_sample, write_jsonl
 from PIL import Image as PILImage
 
-from ilvr.commands.main import main
 from ilvr.data import check_dataset, load_conversations
 from ilvr.trainer.inputs.data_preparation import prepare_dataset
+from ilvr_commands.main import main
 
 
 @pytest.fixture
@@ -141,6 +141,8 @@ def test_command(mixed, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["num_samples"], report["num_good"], report["num_bad"]) == (9, 3, 6)
     assert report["bad_samples"][0]["number"] == 3 and report["image_sizes"]["max"] == [640, 640]
+    assert main(["check-data", mixed, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == report
 
 
 def test_exit_status(image_root, backbone_dir, processor, tmp_path, capsys):
@@ -183,7 +185,7 @@ def test_an_interrupt_is_no_traceback(image_root, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ilvr.commands.check_data.check_dataset", interrupt)
+    monkeypatch.setattr("ilvr_commands.check_data.check_dataset", interrupt)
     assert main(["check-data", write_jsonl(image_root / "rows.jsonl", [MIRAGE])]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -200,13 +202,3 @@ def test_the_page_about_data(tmp_path, monkeypatch, capsys):
     sample, shown = load_conversations("rows.jsonl")[0], json.loads(row)
     path = write_jsonl(tmp_path / "native.jsonl", [shown])
     assert load_conversations(path)[0] == sample
-
-
-def test_subcommands(capsys):
-    assert main(["--help"]) == main([]) == 0
-    assert "check-data" in capsys.readouterr().out
-    assert main(["chek-data"]) == 2
-    assert "there is no command 'chek-data'" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        main(["check-data", "--help"])
-    assert stopped.value.code == 0 and "--image_root" in capsys.readouterr().out

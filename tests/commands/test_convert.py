@@ -10,7 +10,8 @@ from helpers import encode, make_sample, perturb, run_without_ilvr
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.commands.convert import convert_checkpoint, main
+from ilvr_commands.convert import convert_checkpoint
+from ilvr_commands.main import main
 
 
 # In the order in which the reference code adds them, which is not ours: so the ids show whether they are kept.
@@ -81,7 +82,7 @@ def test_conversion(backbone_dir, tmp_path, tie_word_embeddings, capsys):
     reference, out = tmp_path / "reference", tmp_path / "out"
     reference.mkdir()
     vlm = reference_checkpoint(backbone_dir, reference, tie_word_embeddings)
-    main([str(reference), str(out)])
+    main(["convert", str(reference), str(out)])
     assert "latent_size 5" in capsys.readouterr().out
 
     files = {file.name for file in out.iterdir()}
@@ -94,6 +95,7 @@ def test_conversion(backbone_dir, tmp_path, tie_word_embeddings, capsys):
     assert pad < start < end and processor.latent_token_ids == (start, pad, end)
     assert (config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id) == (start, pad, end)
     assert config.latent_size == processor.latent_size == SIZE
+    assert config.latent_head == "identity"  # as the reference code trains
     assert not hasattr(config.vlm_config, "latent_token_id")
     assert str(tmp_path) not in (out / "config.json").read_text()
 
@@ -233,7 +235,7 @@ def test_errors_are_one_line(checkpoint, backbone_dir, tmp_path, capsys):
         ([str(backbone_dir), str(tmp_path / "out")], "has no latent_token_id"),
         ([str(checkpoint), str(checkpoint)], "is not empty"),
     ):
-        assert main(arguments) == 2
+        assert main(["convert", *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("ilvr convert: ") and message in error and error.count("\n") == 1
 

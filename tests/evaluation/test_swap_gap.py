@@ -99,6 +99,6 @@ def test_what_cannot_be_measured_is_refused(model, processor, tmp_path, monkeypa
         SwapGapCallback(trainer, ASKED.remove_columns("answer"))
     with pytest.raises(ValueError, match="got 1 and num_samples=64"):
         SwapGapCallback(trainer, ASKED.select([0]))
-    monkeypatch.setattr("ilvr.evaluation.swap_gap.is_sharded", lambda accelerator: True)
-    with pytest.raises(ValueError, match="lets the model generate"):
+    monkeypatch.setattr("ilvr.evaluation.in_training.is_sharded", lambda accelerator: True)
+    with pytest.raises(ValueError, match="sharded model cannot generate"):
         SwapGapCallback(trainer, ASKED)

@@ -2,15 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from helpers import make_image
+from pages import REPOSITORY, blocks
 
 from ilvr import trainer as trainers
 
 
-README = Path(__file__).parents[2] / "README.md"
+PAGES = ["README.md", *(path.relative_to(REPOSITORY).as_posix() for path in sorted(REPOSITORY.glob("docs/**/*.md")))]
 ONE_STEP = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
 
 
@@ -30,21 +30,21 @@ def test_from_own_data_to_a_score(backbone_dir, tmp_path, monkeypatch, capsys):
 
     config = trainers.ILVRTrainingConfig
     monkeypatch.setattr(trainers, "ILVRTrainingConfig", lambda *args, **kwargs: config(*args, **ONE_STEP, **kwargs))
-    text = README.read_text().replace("Qwen/Qwen2.5-VL-7B-Instruct", str(backbone_dir))
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    codes = [block.code for block in blocks("README.md") if block.language == "python"]
     names = {}
-    for block in blocks:
-        if "runs/shifts_small" not in block:  # what `make train` leaves
-            exec(compile(block, str(README), "exec"), names)
-    assert len(blocks) == 3 and "accuracy" in capsys.readouterr().out
+    for code in codes:
+        if "runs/shifts_small" not in code:  # what `make train` leaves
+            code = code.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(backbone_dir))
+            exec(compile(code, "README.md", "exec"), names)
+    assert len(codes) == 3 and "accuracy" in capsys.readouterr().out
     assert (tmp_path / "stage1" / "adapter_config.json").exists() and (tmp_path / "stage2" / "config.json").exists()
     (latents,) = names["output"].latents
     assert latents.shape[1:] == (8, 32)
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(p.name for p in (README.parent / "docs").glob("*.md"))])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    path = README if page == "README.md" else README.parent / "docs" / page
+    path = REPOSITORY / page
     for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
         if not link.startswith("http"):
             assert (path.parent / link).exists(), link

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ilvr
 import yaml
 from helpers import make_image
-from recipe import Recipe, phases_of
 from transformers import Qwen2_5_VLConfig
-from trl import TrlParser
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration
 from ilvr.trainer.ilvr_trainer import freeze_vision_tower
+from ilvr_commands import train
+from ilvr_commands.arguments import build_parser
+from ilvr_commands.recipe import Recipe, phases_of, read_recipe
 
 
-RECIPES = Path(train_ilvr.__file__).parent / "recipes"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = EXAMPLES / "recipes"
 SMALL = yaml.safe_load((RECIPES / "frozen_lake_small.yaml").read_text())
 # The recipe of `make train` with a smaller model, fewer maps and fewer steps.
 TINY = {
@@ -33,15 +34,14 @@ TINY = {
 
 
 def parse(path, *arguments):
-    (recipe,) = TrlParser((train_ilvr.Recipe,)).parse_args_and_config(["--config", str(path), *arguments])
-    return recipe
+    return read_recipe(build_parser().parse_args(["train", str(path), *arguments]))
 
 
 def test_the_main_job(tmp_path, capfd):
     """Base, control, both stages, evaluation, cards, picture, and the reload in a fresh process, which compares."""
     recipe_file = tmp_path / "tiny.yaml"
     recipe_file.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run")}))
-    train_ilvr.main(parse(recipe_file))
+    train.run_recipe(parse(recipe_file))
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())
     assert list(results) == ["base", "answer_only", "stage1", "stage2"]
@@ -77,7 +77,7 @@ def test_the_recipe_of_make_train(tmp_path, capfd):
     }
     recipe_file = tmp_path / "tiny.yaml"
     recipe_file.write_text(yaml.safe_dump(tiny))
-    train_ilvr.main(parse(recipe_file))
+    train.run_recipe(parse(recipe_file))
     run = tmp_path / "run"
     assert list(json.loads((run / "results.json").read_text())) == list(phases)
     heading, _, *lines = (run / "results.md").read_text().splitlines()
@@ -96,7 +96,7 @@ def test_the_main_job_in_two_processes(tmp_path):
     recipe_file.write_text(yaml.safe_dump({**TINY, "training": training, "output_dir": str(tmp_path / "run")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, train_ilvr.__file__, "--config", str(recipe_file)],
+        [*command, str(EXAMPLES / "train_ilvr.py"), "--config", str(recipe_file)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
@@ -115,8 +115,8 @@ def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
     training = {**TINY["training"], "save_strategy": "steps", "save_steps": 1}
     phases = {"training": training, "answer_only": {}, "stage2": {"max_steps": 3}}
     recipe_file.write_text(yaml.safe_dump({**TINY, **phases, "output_dir": str(tmp_path / "run")}))
-    monkeypatch.setattr(train_ilvr, "evaluate_checkpoints", lambda *_, **__: None)
-    train_ilvr.main(parse(recipe_file))
+    monkeypatch.setattr(train, "evaluate_checkpoints", lambda *_, **__: None)
+    train.run_recipe(parse(recipe_file))
     stage2 = tmp_path / "run" / "stage2"
     expected = (stage2 / "model.safetensors").read_bytes()
     for lost in (
@@ -126,14 +126,14 @@ def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
     ):
         lost.unlink()
     trained = []
-    train = train_ilvr.ILVRTrainer.train
+    own = train.ILVRTrainer.train
 
     def record(trainer, resume_from_checkpoint):
         trained.append(resume_from_checkpoint)
-        return train(trainer, resume_from_checkpoint)
+        return own(trainer, resume_from_checkpoint)
 
-    monkeypatch.setattr(train_ilvr.ILVRTrainer, "train", record)
-    train_ilvr.main(parse(recipe_file, "--resume", "true"))
+    monkeypatch.setattr(train.ILVRTrainer, "train", record)
+    train.run_recipe(parse(recipe_file, "--resume", "true"))
     assert trained == [str(stage2 / "checkpoint-2")]
     assert (stage2 / "model.safetensors").read_bytes() == expected
 
@@ -166,7 +166,7 @@ ROWS = [
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "qwen2_5_vl_7b_lora", "qwen2_5_vl_3b_lora"])
 def test_recipes_of_real_backbones_run_on_a_tiny_one(name, backbone_dir, tmp_path):
-    """Everything but backbone, data and the number of steps as in the recipe."""
+    """Everything but backbone, data, the number of steps and of words as in the recipe."""
     for image in ("board.png", "step.png"):
         make_image("red").save(tmp_path / image)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -176,7 +176,10 @@ def test_recipes_of_real_backbones_run_on_a_tiny_one(name, backbone_dir, tmp_pat
         *("--backbone", str(backbone_dir)),
     )
     recipe.training |= {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    train_ilvr.main(recipe)
+    recipe.evaluation = {"max_new_tokens": 3, "controls": 1}
+    train.run_recipe(recipe)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [scores["count"] for scores in results.values()] == [1, 1]  # of the two samples one is held out
     saved = tmp_path / "run" / ("merged" if recipe.lora else "stage2")
     model = ILVRForConditionalGeneration.from_pretrained(saved)
     assert model.config.latent_size == 8 and model.dtype == torch.bfloat16
@@ -223,19 +226,19 @@ def test_a_recipe_with_an_unknown_field_is_refused(tmp_path):
 
 def test_a_wrong_argument_of_a_late_phase_is_found_before_the_first(tmp_path, monkeypatch):
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump({**TINY, "stage2": {"max_steps": 1, "learing_rate": 1.0}}))
-    monkeypatch.setattr(train_ilvr, "train", lambda *_: pytest.fail("a phase was trained"))
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a phase was trained"))
     with pytest.raises(ValueError, match="stage2 .*learing_rate"):
-        train_ilvr.main(parse(tmp_path / "typo.yaml", "--output_dir", str(tmp_path / "run")))
+        train.run_recipe(parse(tmp_path / "typo.yaml", "--output_dir", str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Recipe(), "nothing to train on.*frozen_lake_small.yaml, .*qwen2_5_vl_7b.yaml.*--dataset"),
+        (Recipe(), "nothing to train on.*examples/recipes; or --dataset"),
         (Recipe(dataset="rows.jsonl"), "Without a task .* Name a --backbone"),
         (Recipe(task="frozen_lake", answer_only={"seed": 1}), "`answer_only` continues `base`"),
     ],
 )
 def test_recipes_that_name_too_little_are_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
-        train_ilvr.main(recipe)
+        train.run_recipe(recipe)

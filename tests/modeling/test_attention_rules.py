@@ -67,7 +67,7 @@ def recompute(model, inputs, rows=None):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     for column in is_latent.any(0).nonzero().flatten().tolist():
         before = model.model.core(inputs_embeds=embeds, **others).last_hidden_state[:, column - 1]
-        latent = torch.where(is_latent[:, column, None], before, embeds[:, column])
+        latent = torch.where(is_latent[:, column, None], model.model.latent_head(before), embeds[:, column])
         embeds = torch.cat([embeds[:, :column], latent[:, None], embeds[:, column + 1 :]], dim=1)
     return model.get_output_embeddings()(model.model.core(inputs_embeds=embeds, **others).last_hidden_state)
 

@@ -69,6 +69,9 @@ def test_an_adapter_comes_with_its_backbone_and_its_k(adapter, backbone_dir):
     found = ILVRForConditionalGeneration.from_pretrained(adapter)
     assert isinstance(found, PeftModel) and found.get_base_model().config.latent_size == LATENT_SIZE
     base = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=LATENT_SIZE)
+    measured = found.get_base_model().config.latent_norm
+    assert measured != base.config.latent_norm
+    base.config.latent_norm = measured  # which PEFT knows nothing of
     expected = PeftModel.from_pretrained(base, adapter)
     inputs = encode(ILVRProcessor.from_pretrained(adapter), [make_sample(["Up", "Down"])])
     assert found(**inputs).logits.equal(expected(**inputs).logits)

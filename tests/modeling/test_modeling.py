@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import weakref
 
 import pytest
@@ -193,17 +194,31 @@ def test_later_image_in_the_sequence(model, processor, backbone_name):
 
 @every_backbone
 def test_rescaled_latents_have_the_norm_of_the_config(backbone_dir, processor):
-    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="rescale").double()
-    words = model.get_input_embeddings().weight.norm(dim=-1).mean().item()
+    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3).double()
+    embeddings = model.get_input_embeddings()
+    words = embeddings(torch.arange(len(embeddings.weight))).norm(dim=-1).mean().item()  # Gemma 3's are scaled
+    assert model.config.latent_head == "rescale"
     assert model.config.latent_norm == pytest.approx(words)  # until stage 1 measures the features'
     model.config.latent_norm = 7.0
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in encode(processor, SPAN_SAMPLES).items()}
     outputs = model(**inputs)
     exists = outputs.latent_inputs.any(-1)
     torch.testing.assert_close(outputs.latent_inputs[exists].norm(dim=-1).double(), torch.full((12,), 7.0).double())
-    plain = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3).double()
+    plain = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="identity").double()
     state = plain(**inputs).predicted_latents[:, 0, 0]  # before the first latent, both have read the same
     torch.testing.assert_close(outputs.predicted_latents[:, 0, 0], 7 * normalize(state, dim=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_new_models_rescale_and_configs_that_name_no_head_feed_back_as_they_are(backbone_dir, model, tmp_path):
+    assert model.config.latent_head == "rescale"
+    for head, name in ((None, "rescale"), ("identity", "identity")):
+        model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head=head)
+        model.config.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["latent_head"] == name  # in each saved config
+    assert ILVRConfig().latent_head == "identity"
+    with torch.device("meta"):
+        abstract = ILVRForConditionalGeneration(ILVRConfig.from_pretrained(tmp_path, latent_head="rescale"))
+    assert abstract.config.latent_norm == model.config.latent_norm == 1.0
 
 
 @pytest.mark.parametrize("head", ["identity", "rescale", "linear", "mlp"])

@@ -46,8 +46,14 @@ def load(folder, content) -> Study:
 def test_the_study_of_shifts_is_valid():
     study = Study.load("studies/shifts.yaml")
     assert list(study.arms)[:2] == ["base", "answer_only"] and study.settings_of("stage2", 3)["seed"] == 3
-    assert study.task_of("base", 0, "longer").test_lengths == [12, 16]
-    assert study.task_of("base", 0).test_lengths == [4, 10] and not study.task_of("unnamed", 0).names_shifts
+    assert study.task_of(0, "longer").test_lengths == [12, 16] and study.task_of(0).test_lengths == [4, 10]
+    assert study.task_of(0).names_shifts and not study.task_of(0, arm="unnamed").names_shifts
+
+
+def test_an_arm_may_train_on_other_settings_of_the_task():
+    study = Study.load("studies/glyphs.yaml")
+    assert study.task_of(0, arm="base1").size == 1 and study.task_of(0, arm="base").size == study.task_of(0).size == 2
+    assert study.task_of(0, arm="oracle_one").lengths == [1, 1] and study.task_of(0, "trained").lengths == [2, 5]
 
 
 def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypatch, capsys):

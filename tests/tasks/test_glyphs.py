@@ -13,7 +13,7 @@ from ilvr.tasks import load_task
 from ilvr.tasks.cells import all_cells, cell_name
 from ilvr.tasks.glyphs import GlyphBoard, render_glyph_board
 from ilvr.tasks.glyphs.board import TOUCH, WEIGHTS, all_moves, parse_move, sample_board, sample_moves
-from ilvr.tasks.glyphs.conversations import shortened
+from ilvr.tasks.glyphs.conversations import alphabet, spelled
 from ilvr.tasks.glyphs.floors import floor_answers, measure_floors
 
 
@@ -53,7 +53,7 @@ def test_moves_worked_out_by_hand(move, tiles, followed):
 
 def test_each_move_is_a_permutation_of_boards_with_an_inverse():
     inverse = {"turn left": "right", "turn right": "left"}
-    board = sample_board(random.Random(0), 4, "train", 0)
+    board = sample_board(random.Random(0), 4, 3, "train", 0)
     for move in all_moves(4):
         kind, cell, argument = parse_move(move)
         back = f"{kind} {cell_name(cell)} {inverse.get(f'{kind} {argument}', argument)}"
@@ -91,7 +91,7 @@ def test_floors_are_low_at_six_moves():
 
 def test_moves_are_drawn_as_weights_and_touch_say():
     rng = random.Random(0)
-    board = sample_board(rng, 4, "train", 0)
+    board = sample_board(rng, 4, 3, "train", 0)
     kinds, touched, steps = {}, 0, sample_moves(rng, board, 3000, weights=WEIGHTS, touch=TOUCH)
     for move, next_board in steps:
         kind, cell, _ = parse_move(move)
@@ -109,7 +109,7 @@ def test_moves_are_drawn_as_weights_and_touch_say():
 def test_stamps_come_from_changed_tiles_where_there_are_any():
     rng = random.Random(1)
     for _ in range(100):
-        board = sample_board(rng, 3, "train", 0)
+        board = sample_board(rng, 3, 3, "train", 0)
         (first, turned), (stamp, _) = sample_moves(rng, board, 2, weights={"stamp": 1}, touch=0.5)
         _, changed, _ = parse_move(first)
         _, cell, argument = parse_move(stamp)
@@ -128,7 +128,7 @@ def test_splits_are_disjoint_and_a_seed_fixes_everything():
     assert test.to_dict() != other.dataset("test").to_dict()
 
 
-@pytest.mark.parametrize("latent_size, words_told", [(1, 3), (4, 5)])
+@pytest.mark.parametrize("latent_size, words_told", [(1, 3), (2, 4), (4, 6)])
 def test_forms_say_the_same_in_their_own_way(latent_size, words_told):
     task = load_task("glyphs", boards=5, test_boards=5, lengths=[2, 8], latent_size=latent_size)
     forms = check_forms(task, "test", latent_size)
@@ -143,13 +143,14 @@ def test_forms_say_the_same_in_their_own_way(latent_size, words_told):
             assert np.array_equal(open_image(trace["images"][number], "board"), render_glyph_board(board))
         question = f"Follow the tile at {row} {column}. What is on it at the end? Moves: {' '.join(numbered)}. "
         assert words_of(trace, "user") == f"{question}Think step by step."
-        end = f" \\boxed{{{' '.join(said[-1][1])}}}"
+        end = f" \\boxed{{ {' '.join(said[-1][1])}}}"
         assert trace["answer"] == " ".join(said[-1][1])
         # Number and move before each helper image, and nothing of where it leads.
         assert words_of(trace, "assistant") == "".join(f" {step}" for step in numbered) + end
         told = "".join(f" {step} {cell} {' '.join(bits)}" for step, (cell, bits) in zip(numbered, said))
         assert words_of(text, "assistant") == told + end
-        brief = [f"{shortened(bits)} {cell}".split()[:words_told] for cell, bits in said]
+        short_bits = -(-9 // (latent_size + 2))
+        brief = [f"{spelled(bits, short_bits)} {cell}".split()[:words_told] for cell, bits in said]
         filler = " …" * (latent_size + 2 - words_told)
         told = "".join(f" {step} {' '.join(words)}{filler}" for step, words in zip(numbered, brief))
         assert words_of(equal, "assistant") == told + end
@@ -161,8 +162,10 @@ def test_forms_say_the_same_in_their_own_way(latent_size, words_told):
         assert task.group(trace) == f"{len(numbered)} moves"
 
 
-def test_a_pattern_in_letters_is_a_letter_a_row():
-    assert shortened("000001010") == "A B C" and shortened("111110100") == "H G E"
+def test_a_word_says_one_bit_or_several():
+    assert spelled("000001010", 3) == "A B C" and spelled("111110100", 3) == "H G E"
+    assert spelled("000001010", 1) == "0 0 0 0 0 1 0 1 0" and spelled("000001010", 4) == "A F A"  # one bit is left
+    assert len(set(alphabet(9))) == 512
 
 
 def test_a_step_may_tell_of_the_tile_that_it_moved():
@@ -212,7 +215,7 @@ def test_base_asks_first_what_is_on_a_tile():
                 words = question.split("Moves: ")[1].split(".")[0].split()
                 end = after(board, *(" ".join(words[i + 1 : i + 5]) for i in range(0, len(words), 5)))
                 cell = end.followed
-            assert answer == f" \\boxed{{{' '.join(end[cell])}}}"
+            assert answer == f" \\boxed{{ {' '.join(end[cell])}}}"
 
 
 def test_every_pattern_has_a_picture_of_its_own():
@@ -222,7 +225,7 @@ def test_every_pattern_has_a_picture_of_its_own():
     pixels = np.asarray(render_glyph_board(GlyphBoard(("000000001", *[BLANK] * 3), (0, 0))))
     assert pixels.shape == (128, 128, 3)
     dark = np.argwhere(pixels.sum(-1) < 200)
-    assert dark.mean(0) == pytest.approx([50, 50], abs=1)  # the last bit: bottom right of the first tile
+    assert dark.mean(0) == pytest.approx([53, 53], abs=1)  # the last bit: bottom right of the first tile
 
 
 def test_metric():
@@ -236,8 +239,8 @@ def test_metric():
         right,
     ]
     result = metric.compute(predictions=answers, references=[right] * 5)
-    assert result["accuracy"] == 0.2 and result["bit_accuracy"] == pytest.approx((1 + 7 / 9) / 5)
-    assert result["invalid"] == 0.6 and result["count"] == 5 and result["accuracy_low"] < 0.2 < result["accuracy_high"]
+    assert result["accuracy"] == 0.2 and result["word_accuracy"] == pytest.approx((1 + 7 / 9 + 8 / 9) / 5)
+    assert result["invalid"] == 0.4 and result["count"] == 5 and result["accuracy_low"] < 0.2 < result["accuracy_high"]
     assert score_each(metric, answers, [right] * 5) == [True, False, False, False, False]
 
 
@@ -250,8 +253,11 @@ def test_every_word_is_one_token_of_the_vocabulary():
 def test_refusals():
     check_refusals(load_task("glyphs", boards=1, test_boards=1))
     for settings, message in [
-        ({"size": 6}, "size 2 to 5.*got size 6"),
-        ({"touch": -0.1}, "touch is a share, got size 4, touch -0.1"),
+        ({"size": 6}, "size 1 to 5.*got size 6, side 3"),
+        ({"side": 1}, "side 2 to 5.*got size 4, side 1"),
+        ({"touch": -0.1}, "touch is a share, got size 4, side 3, touch -0.1"),
+        ({"size": 1, "touch": 1}, "one tile has no neighbours.*got {'swap': 0.15"),
+        ({"size": 1, "weights": {"turn": 1}}, "one tile has no neighbours.*and 0.6"),
         ({"lengths": [5, 4]}, r"lengths must be a fewest and a most.*\[5, 4\]"),
         ({"weights": {"jump": 1}}, "weights must name some of swap, turn, flip, stamp, not all 0, got {'jump': 1}"),
         ({"weights": {"swap": 0}}, "weights must name some of"),

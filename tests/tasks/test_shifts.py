@@ -81,7 +81,7 @@ def test_splits_are_disjoint_and_a_seed_fixes_everything():
 def test_touch_is_the_share_of_shifts_that_surely_move_the_player():
     def moved(touch):
         rng, board, count = random.Random(0), BOARD, 0
-        for _, after in sample_shifts(rng, BOARD, 2000, touch):
+        for after in BOARD.after(sample_shifts(rng, BOARD, 2000, touch)):
             count += after.player != board.player
             board = after
         return count / 2000
@@ -104,7 +104,7 @@ def test_forms_say_the_same_in_their_own_way(latent_size):
             image = open_image(trace["images"][number], "board")
             assert np.array_equal(image, render_shift_board(board))
         numbered = [f"{number} {shift}" for number, shift in enumerate(metadata["shifts"], start=1)]
-        asked = f"Where does the player end? Shifts up to {len(numbered)}: {' '.join(numbered)}. Think step by step."
+        asked = f"Where does the player end? Shifts 1 to {len(numbered)} of {' '.join(numbered)}. Think step by step."
         assert words_of(trace, "user") == asked
         # Number and shift before each helper image, and nothing of where it leads.
         end = f" \\boxed{{{cells[-1]}}}"
@@ -129,18 +129,20 @@ def test_steps_may_be_numbers_alone():
 
 def test_a_question_lists_shifts_that_it_does_not_ask_for():
     task = load_task("shifts", boards=60, test_boards=3, lengths=[3, 4], listed=[1, 6], number_from=[2, 5])
-    more = set()
+    before, behind = set(), set()
     for row in task.dataset("train"):
         metadata = json.loads(row["metadata"])
-        numbered = [f"{n} {s}" for n, s in enumerate(metadata["shifts"], start=metadata["first_number"])]
-        last = numbered[-1].split()[0]
-        question = words_of(row, "user")
-        listed = question.removeprefix(f"Where does the player end? Shifts up to {last}: ").split(".")[0].split()
-        assert " ".join(listed).startswith(" ".join(numbered))
-        assert listed[::3] == [str(n) for n in range(metadata["first_number"], metadata["first_number"] + len(listed) // 3)]
-        assert words_of(row, "assistant").split(" \\boxed")[0].split() == " ".join(numbered).split()
-        more.add(len(listed) // 3 - len(numbered))
-    assert more == {0, 1, 2, 3}
+        first, shifts = metadata["first_number"], metadata["shifts"]
+        words = words_of(row, "user").removeprefix("Where does the player end? Shifts ").split(".")[0].split()
+        assert words[:4] == [str(first), "to", str(first + len(shifts) - 1), "of"]
+        numbers, listed = [int(word) for word in words[4::3]], list(zip(words[5::3], words[6::3]))
+        assert numbers == list(range(numbers[0], numbers[0] + len(listed))) and 2 <= numbers[0] <= 5
+        start = first - numbers[0]
+        assert [" ".join(shift) for shift in listed[start : start + len(shifts)]] == shifts
+        steps = [f"{number} {shift}" for number, shift in enumerate(shifts, start=first)]
+        assert words_of(row, "assistant").split(" \\boxed")[0].split() == " ".join(steps).split()
+        before, behind = before | {start}, behind | {len(listed) - start - len(shifts)}
+    assert before == behind == {0, 1, 2, 3}
     assert " 10" in "".join(task.texts())  # the last number listed
 
 
@@ -175,15 +177,15 @@ def test_base_asks_first_where_the_player_is():
         assert letters[row][column] == "P" and sum(line.count("P") for line in letters) == 1
         assert len(sample["images"]) == 1 and len(turns) == 10
         for question, answer in zip(turns[4:8:2], turns[5:8:2]):
-            words = question.split(": ")[1].split(".")[0].split()
+            words = question.split(" of ")[1].split(".")[0].split()
             end = board
             for line, direction in zip(words[1::3], words[2::3]):
                 end = end.shift(f"{line} {direction}")
             assert answer == f" \\boxed{{{cell_name(end.player)}}}"
-        listed = turns[8].removeprefix("Repeat the shifts up to ").removesuffix(".")
-        last, shifts = listed.split(": ")
-        assert shifts.startswith(turns[9].strip()) and turns[9].split()[-3] == last
-        assert 4 <= len(turns[9].split()) // 3 <= 10
+        wanted, listed = turns[8].removeprefix("Repeat the shifts ").removesuffix(".").split(" of ")
+        repeated = turns[9].split()
+        assert f"{repeated[0]} to {repeated[-3]}" == wanted and turns[9].strip() in listed
+        assert 4 <= len(repeated) // 3 <= 10
 
 
 def test_shifts_may_be_numbered_from_a_random_number():
@@ -196,7 +198,7 @@ def test_shifts_may_be_numbered_from_a_random_number():
         words = words_of(sample, "assistant").split("\\boxed")[0].split()
         numbers = [int(word) for word in words[::3]]
         assert numbers == list(range(metadata["first_number"], metadata["first_number"] + len(metadata["shifts"])))
-        assert f": {' '.join(words)}. Think" in words_of(sample, "user")
+        assert f" of {' '.join(words)}. Think" in words_of(sample, "user")
         assert sample["answer"] == other["answer"]  # numbers change nothing else
         first, last = first | {numbers[0]}, max(last, numbers[-1])
     assert first == set(range(1, 14)) and 20 <= last <= 22

@@ -79,7 +79,7 @@ def test_baselines_take_no_forward_of_the_teacher(model, processor, tmp_path):
         trainer.teacher.model.register_forward_hook(lambda *_, method=method: calls.append(method))
         trainer.train()
     asking = {method for method, selector in SELECTORS.items() if selector.reads_teacher or selector.asks_teacher}
-    assert set(calls) == asking and calls.count("query_top_p") == 1
+    assert set(calls) == asking and calls.count("query_top_p") == 2  # the norm of latents, and the step
 
 
 # -------------------------------------------------------------------------------------------- what the data says
@@ -218,9 +218,10 @@ def test_what_cannot_be_selected_once_or_asked_is_refused(model, processor, tmp_
 @pytest.mark.parametrize("slots", ["pad", "repeat"])
 def test_stage_1_feeds_what_generation_feeds(backbone_dir, processor, tmp_path, slots):
     """Latents of the same norm, and a latent in each slot: with "pad" there are slots that hold none."""
-    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="rescale"))
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3))
     settings = {"unselected_slots": slots, "selection_method": "change", "selection_top_p": 0.5}
     trainer = make_trainer(model, processor, tmp_path, **settings)
+    trainer.measure_latent_norm()
     batch = trainer._batch_of(list(trainer.train_dataset))
     selection = trainer.select_targets(batch)
     targets = {"latent_values": selection.targets, "latent_mask": selection.mask}
@@ -240,7 +241,7 @@ def test_stage_1_feeds_what_generation_feeds(backbone_dir, processor, tmp_path, 
 
 
 def test_latents_that_are_too_long_are_warned_of(model, processor, tmp_path, monkeypatch):
-    messages = []
+    messages, model.config.latent_head = [], "identity"
     monkeypatch.setattr("ilvr.trainer.ilvr_trainer.logger.warning_once", messages.append)
     with torch.no_grad():
         model.model.core.get_decoder().norm.weight.mul_(100)

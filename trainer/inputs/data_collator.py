@@ -15,7 +15,14 @@ from transformers.data.data_collator import DataCollatorMixin
 from ilvr import ILVRProcessor
 from ilvr.data.images import open_image
 
-from .data_preparation import FOLLOWED_PATCHES, HELPER_IMAGES, HELPER_PROMPTS, TARGET_INDICES, USER_IMAGES
+from .data_preparation import (
+    FOLLOWED_PATCHES,
+    HELPER_IMAGES,
+    HELPER_PROMPTS,
+    TARGET_INDICES,
+    TELLS_ANSWER,
+    USER_IMAGES,
+)
 from .image_tensors import encode_helper_images, encode_images, merge_images, unpack
 
 
@@ -71,7 +78,7 @@ class LatentDataCollator(DataCollatorMixin):
         place of pixels if they are cached. Where the samples have them: `helper_prompt_ids` and `helper_prompt_mask`
         (helper images, T), what is asked of each, padded on the left; `helper_followed_patches` (helper images,), the
         patch of each that is followed, -1 if unknown; `target_indices` (B, S, K), the patches that were selected, -1
-        for none. [`LatentBatch`] takes it apart.
+        for none; `tells_answer` (B,), whether the last span tells the answer. [`LatentBatch`] takes it apart.
     """
 
     processor: ILVRProcessor
@@ -107,6 +114,8 @@ class LatentDataCollator(DataCollatorMixin):
         user = [self._image_tensors(example, USER_IMAGES, encode_images) for example in examples]
         counts = [len(tensors["image_lengths"]) if tensors else 0 for tensors in user]
         batch |= {**merge_images(user), "images_per_row": torch.tensor(counts)}
+        if TELLS_ANSWER in examples[0]:
+            batch[TELLS_ANSWER] = torch.tensor([example[TELLS_ANSWER] for example in examples])
         if self.helper_images:
             helper = merge_images([self._image_tensors(row, HELPER_IMAGES, encode_helper_images) for row in examples])
             helper |= self._helper_prompts(examples)
@@ -158,6 +167,7 @@ class LatentBatch:
         images_per_row (`torch.LongTensor` of shape `(B,)`): images of the user.
         image_lengths (`torch.LongTensor` of shape `(images,)`, *optional*): tokens of each of them.
         target_indices (`torch.LongTensor` of shape `(B, S, K)`, *optional*): what was selected before training.
+        tells_answer (`torch.BoolTensor` of shape `(B,)`, *optional*): whether the last span of a row tells its answer.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -167,6 +177,7 @@ class LatentBatch:
     images_per_row: torch.Tensor
     image_lengths: torch.Tensor | None = None
     target_indices: torch.Tensor | None = None
+    tells_answer: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor]) -> "LatentBatch":

@@ -30,6 +30,10 @@ USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"
 HELPER_PROMPTS, TARGET_INDICES = "helper_prompts", "target_indices"
 # Of tasks that know it: the patch of each helper image that its latents should hold.
 FOLLOWED_PATCHES = "followed_patches"
+# Of tasks that know it: whether the words after the last span follow from its latents alone.
+TELLS_ANSWER = "tells_answer"
+# Of data for a ladder: how difficult a sample is, from 0.
+LEVEL = "level"
 # What preparation adds to a data set: ids, and which of its images are the user's and which are helper images.
 FEATURES = Features(
     {
@@ -41,7 +45,7 @@ FEATURES = Features(
         HELPER_IMAGES: List(Value("int32")),
     }
 )
-PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, FOLLOWED_PATCHES, "images")
+PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, FOLLOWED_PATCHES, TELLS_ANSWER, "images")
 
 
 def prepare_for(
@@ -279,6 +283,43 @@ def _followed_patches(sample: dict, index: int, *, required: bool, name: str) ->
             "task does not know it, choose another selection_method than 'followed' and leave it out."
         )
     return {FOLLOWED_PATCHES: followed}
+
+
+def add_tells_answer(dataset: Any, *, name: str = "train") -> Dataset | IterableDataset:
+    """Adds whether the last span of a row tells its answer, from `tells_answer` in a row's `metadata`.
+
+    Args:
+        dataset: of [`prepare_dataset`].
+        name (`str`, *optional*, defaults to `"train"`): of the data set, for messages.
+
+    Raises:
+        ValueError: if no row says so; of a stream, if it has no `metadata`.
+    """
+    columns = _columns(dataset, name)
+    if TELLS_ANSWER in columns:
+        return dataset
+    missing = (
+        f"No sample of the {name} data says in its metadata that its last span tells the answer, so swap_latents has "
+        "no answer to train on. Set it to 0, or, if the words after the last span follow from its latents alone, "
+        'write {"tells_answer": true} into `metadata` before images are cached.'
+    )
+    if "metadata" not in columns:
+        raise ValueError(missing)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_tells_answer)
+    added = dataset.select_columns(["metadata"]).map(
+        _tells_answer,
+        remove_columns=["metadata"],
+        features=Features({TELLS_ANSWER: Value("bool")}),
+        desc=f"Reading what {name} samples tell",
+    )
+    if not any(added[TELLS_ANSWER]):
+        raise ValueError(missing)
+    return side_by_side(dataset, added)
+
+
+def _tells_answer(sample: dict) -> dict[str, bool]:
+    return {TELLS_ANSWER: bool(json.loads(sample["metadata"] or "{}").get("tells_answer"))}
 
 
 def side_by_side(dataset: Dataset, added: Dataset) -> Dataset:

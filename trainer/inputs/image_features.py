@@ -18,7 +18,16 @@ from transformers.utils import ModelOutput
 
 from ilvr.data.images import open_image
 
-from .data_preparation import FEATURES, FOLLOWED_PATCHES, HELPER_IMAGES, HELPER_PROMPTS, USER_IMAGES, processor_key
+from .data_preparation import (
+    FEATURES,
+    FOLLOWED_PATCHES,
+    HELPER_IMAGES,
+    HELPER_PROMPTS,
+    LEVEL,
+    TELLS_ANSWER,
+    USER_IMAGES,
+    processor_key,
+)
 from .image_tensors import encode_helper_images, encode_images, merge_images, pack
 
 
@@ -107,7 +116,8 @@ def cache_images(
             encoded[column] = [pack(row, dtype) for row in _features(tensors, encode_batch)]
         return encoded
 
-    kept = [name for name in (*FEATURES, HELPER_PROMPTS, FOLLOWED_PATCHES) if name not in (USER_IMAGES, HELPER_IMAGES)]
+    kept = (*FEATURES, HELPER_PROMPTS, FOLLOWED_PATCHES, TELLS_ANSWER, LEVEL)
+    kept = [name for name in kept if name not in (USER_IMAGES, HELPER_IMAGES)]
     kept = [name for name in kept if name in dataset.column_names]
     binary = {USER_IMAGES: Value("binary"), HELPER_IMAGES: Value("binary")}
     settings = [dataset._fingerprint, key, str(dtype), helper_images, encode_batch is None, processor_key(processor)]

@@ -1,9 +1,10 @@
-"""From conversations to the prompts that reinforcement learning starts from."""
+"""From conversations to the prompts that reinforcement learning starts from, and their order."""
 
 from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, Image, List
+from torch.utils.data import Sampler
 
 from ilvr.data.conversations import image_roles
 
@@ -40,3 +41,29 @@ def make_prompts(dataset: Dataset, reference: Callable[[dict[str, Any]], Any] | 
     encoded = dataset.cast_column("images", List(Image(decode=False)))
     prompts = encoded.map(change, remove_columns=dataset.column_names, desc="Prompts")
     return prompts.cast_column("images", List(Image()))
+
+
+class SeededByEpoch(Sampler):
+    """TRL's repeated prompts in an order of their epoch.
+
+    The order of an epoch is else what the epochs before have left of a generator, and a run that is resumed in the
+    second epoch starts with the order of the first.
+
+    Args:
+        sampler ([`~trl.trainer.utils.RepeatSampler`]).
+        seed (`int`): of the order, together with the epoch.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.seed + self.epoch)
+        yield from self.sampler

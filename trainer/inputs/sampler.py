@@ -1,6 +1,7 @@
-"""Orders of samples: of like ones, so that little of a batch is padding, and one that a resumed run finds again."""
+"""In which order samples are drawn: those alike in spans and length together, or those of a level of difficulty."""
 
-from typing import Any
+import random
+from bisect import bisect_left
 
 import torch
 from torch.utils.data import Sampler
@@ -44,27 +45,48 @@ class SpanGroupedSampler(Sampler):
             yield from batches[i]
 
 
-class SeededByEpoch(Sampler):
-    """TRL's repeated prompts in an order of their epoch.
+class LadderSampler(Sampler):
+    """
+    Draws from the present level of difficulty, and a share from the levels before it, with replacement.
 
-    The order of an epoch is else what the epochs before have left of a generator, and a run that is resumed in the
-    second epoch starts with the order of the first.
+    Which sample draw number n is follows from n, the seed and the level alone, and a level holds from a draw on: what
+    was fetched ahead of a step stays as it is, and a resumed run draws the same.
 
     Args:
-        sampler ([`~trl.trainer.utils.RepeatSampler`]).
-        seed (`int`): of the order, together with the epoch.
+        levels (`list[int]`): of each sample, from 0.
+        rehearsal (`float`): share of draws from earlier levels.
+        seed (`int`).
     """
 
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+    def __init__(self, levels: list[int], *, rehearsal: float, seed: int) -> None:
+        self.order = sorted(range(len(levels)), key=levels.__getitem__)
+        ordered = sorted(levels)
+        self.starts = [bisect_left(ordered, level) for level in range(ordered[-1] + 2)]  # of levels, and the end
+        self.rehearsal, self.seed = rehearsal, seed
+        self.epoch, self.drawn = 0, 0
+        self.history = [[0, 0]]  # number of the first draw, level
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.order)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    @property
+    def level(self) -> int:
+        return self.history[-1][1]
+
+    def move_to(self, level: int) -> None:
+        """Draws from `level` from the next draw on."""
+        self.history.append([self.drawn, level])
 
     def __iter__(self):
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.seed + self.epoch)
-        yield from self.sampler
+        for number in range(self.epoch * len(self), (self.epoch + 1) * len(self)):
+            self.drawn = number + 1
+            yield self.draw(number)
+
+    def draw(self, number: int) -> int:
+        """The index of draw `number`, counted over all epochs."""
+        level = next(level for first, level in reversed(self.history) if first <= number)
+        rng = random.Random(f"{self.seed}-{number}")
+        start, end = self.starts[level], self.starts[level + 1]
+        if level > 0 and rng.random() < self.rehearsal:
+            start, end = 0, start
+        return self.order[rng.randrange(start, end)]

@@ -16,6 +16,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from ilvr.hub_cards import CARD_DATA
+
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +25,7 @@ MANIFEST = "checkpoint_manifest.json"
 # A whole checkpoint that is saved again stands aside under this name until the new one is whole.
 ASIDE = "replaced-"
 # Model cards are made to be edited after the save.
-NOT_LISTED = {MANIFEST, "README.md"}
+NOT_LISTED = {MANIFEST, "README.md", CARD_DATA}
 # Model, adapter, FSDP and DeepSpeed.
 WEIGHTS = ("model*.safetensors", "pytorch_model*", "**/adapter_model.*", "global_step*")
 

@@ -107,7 +107,9 @@ def test_saved_adapter_and_merged_checkpoint_answer_alike(model, processor, tmp_
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= files
     assert "model.safetensors" not in files
 
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "run").eval()
+    base.save_pretrained(tmp_path / "base")
+    loaded = ILVRForConditionalGeneration.from_pretrained(tmp_path / "run", backbone=tmp_path / "base").eval()
+    assert isinstance(loaded, PeftModel) and loaded.get_base_model().config.latent_norm != base.config.latent_norm
     assert words(loaded, processor).equal(expected)
     merged = loaded.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")

@@ -16,7 +16,7 @@ from helpers import every_backbone, perturb
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from ilvr import ILVRForConditionalGeneration
+from ilvr import ILVRConfig, ILVRForConditionalGeneration
 from ilvr.trainer.running.adapters import complete_peft_config
 from ilvr.trainer.running.sharding import prepare_sharding
 
@@ -33,6 +33,7 @@ RUNS = {
     "checkpointing": {"stage": 2, "activation_checkpointing": True, "untied": True},
     "untied": {"stage": 1, "untied": True},
     "adapter": {"stage": 1, "lora": True, "untied": True},
+    "rescaled": {"stage": 1, "latent_head": "rescale"},
 }
 
 
@@ -125,7 +126,7 @@ def results(tmp_path_factory, folders):
                 environment = {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else fsdp_environment()
             runs = {n: {**settings_of(n, folders, 1), "use_cpu": engine == "ddp"} for n in ENGINES[engine][1]}
             if "zero" not in engine:
-                saved = {**runs["stage1"], "save_strategy": "steps", "save_steps": 2}
+                saved = {**runs["rescaled"], "save_strategy": "steps", "save_steps": 2}
                 runs |= {"saved": saved, "resumed": {**saved, "resume": 2}}
             folder = tmp_path_factory.mktemp(engine)
             launch(runs, folder, environment)
@@ -161,6 +162,9 @@ def test_two_processes_train_like_one(results, alone, engine, name):
         saved = ILVRForConditionalGeneration.from_pretrained(folder / name)
         for key, parameter in saved.named_parameters():
             torch.testing.assert_close(parameter.data, found[key], msg=key)
+        trained = ILVRConfig.from_pretrained(alone / name)
+        assert saved.config.latent_norm == pytest.approx(trained.latent_norm, rel=1e-5)
+        assert (trained.latent_norm != 1) == (name == "rescaled")
     else:
         adapter = load_file(folder / name / "adapter_model.safetensors")
         trained = [key for key in found if "lora_" in key and not key.startswith("teacher.")]
@@ -173,7 +177,7 @@ def test_two_processes_train_like_one(results, alone, engine, name):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_resumed_processes_train_like_uninterrupted_ones(results, engine):
-    weights, resumed = (load_file(results(engine) / f"{name}.safetensors") for name in ("stage1", "resumed"))
+    weights, resumed = (load_file(results(engine) / f"{name}.safetensors") for name in ("rescaled", "resumed"))
     for key, weight in weights.items():
         torch.testing.assert_close(resumed[key], weight, rtol=1e-6, atol=1e-7, msg=key)
 

@@ -1,6 +1,7 @@
 """A small Qwen2.5-VL or Qwen3-VL from its config, with a tokenizer trained in place: a backbone without a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,12 +36,12 @@ CHAT_TEMPLATE = """\
 
 def train_tokenizer(
     texts: list[str],
-    vocab_size: int = 512,
+    vocab_size: int = 2048,
     special_tokens: list[str] = SPECIAL_TOKENS,
     chat_template: str = CHAT_TEMPLATE,
     eos_token: str = "<|im_end|>",
     pad_token: str = "<|endoftext|>",
-    **kwargs,
+    **kwargs: Any,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Qwen's special tokens, or those of another backbone."""
     tokenizer = Tokenizer(models.BPE())
@@ -74,6 +75,7 @@ def build_small_qwen(
     vision_layers: int = 2,
     patch_size: int = 32,
     position_std: float = 0.3,
+    deepstack: bool = True,
 ) -> None:
     """Saves a randomly initialised Qwen with tokenizer and image processor, loadable like any checkpoint.
 
@@ -84,12 +86,15 @@ def build_small_qwen(
         family (`str`, *optional*, defaults to `"qwen2_5_vl"`): or `"qwen3_vl"`, whose tower has learned positions: its
             features say where a patch is. In a single layer they would drown in the pixels at their usual size.
         position_std (`float`, *optional*, defaults to 0.3): standard deviation of these positions.
+        deepstack (`bool`, *optional*, defaults to `True`): whether `"qwen3_vl"` adds the first vision layer's features
+            to the decoder's first layer as well. Latents get no such addition: without it all that the decoder reads
+            of a patch is in the feature that latents are aligned with.
     """
     tokenizer = train_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     num_heads = hidden_size // 32
     head_dim = hidden_size // num_heads
-    text_config = {
+    text_config: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "intermediate_size": 4 * hidden_size,
@@ -106,7 +111,7 @@ def build_small_qwen(
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
-    vision_config = {
+    vision_config: dict[str, Any] = {
         "depth": vision_layers,
         "hidden_size": vision_hidden_size,
         "intermediate_size": 2 * vision_hidden_size,
@@ -116,7 +121,7 @@ def build_small_qwen(
         "spatial_merge_size": 2,
         "out_hidden_size": hidden_size,
     }
-    shared = {
+    shared: dict[str, Any] = {
         "text_config": text_config,
         "vision_config": vision_config,
         "image_token_id": ids["<|image_pad|>"],
@@ -133,7 +138,7 @@ def build_small_qwen(
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**shared))
     elif family == "qwen3_vl":
         text_config |= {"head_dim": head_dim, "tie_word_embeddings": True}
-        vision_config |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        vision_config |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0] if deepstack else []}
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**shared))
         torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=position_std)
     else:

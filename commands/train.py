@@ -1,0 +1,134 @@
+"""`ilvr train RECIPE`: trains, evaluates, saves and reloads an ILVR model: the main job.
+
+A recipe without `backbone` builds a small Qwen and teaches it to see first (`base`). Stage 2 continues stage 1. Two
+controls continue the same base for as many steps: `answer_only` without traces, `text` with words in place of latents.
+With `lora` the backbone stays as it is: both stages train one adapter, which is merged in the end.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model, release_memory
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerState
+
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data import load_conversations
+from ilvr.evaluation import evaluate_checkpoints
+from ilvr.hub_cards import ILVRModelCard
+from ilvr.tasks import Task, load_task
+from ilvr.tasks.small_qwen import build_small_qwen
+from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer.running.checkpoints import last_whole_checkpoint
+
+from .own_data import load_own_data
+from .recipe import Recipe, phases_of, read_recipe
+
+
+FORMS = {"base": "base", "answer_only": "answer", "text": "text", "stage1": "trace", "stage2": "trace"}
+
+
+def train(
+    phase: str, settings: dict[str, Any], data: Dataset, model: Any, processor: ILVRProcessor, recipe: Recipe
+) -> ILVRModelCard:
+    """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
+    trainer = ILVRTrainer(
+        model,
+        ILVRTrainingConfig(**settings),
+        train_dataset=data,
+        processing_class=processor,
+        peft_config=LoraConfig(**recipe.lora) if recipe.lora and not is_peft_model(model) else None,
+    )
+    trainer.accelerator.print(f"\n=== {phase} ===", flush=True)
+    state = Path(settings["output_dir"], "trainer_state.json")  # saved last
+    if recipe.resume and state.exists():
+        trainer.accelerator.print("already trained", flush=True)
+        trainer.state = TrainerState.load_from_json(str(state))
+    else:
+        state.unlink(missing_ok=True)
+        trainer.train(resume_from_checkpoint=recipe.resume and last_whole_checkpoint(settings["output_dir"]))
+        trainer.save_model()
+        trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # the next phase reads what process 0 writes
+    return trainer.model_card()
+
+
+def backbone_of(recipe: Recipe) -> str:
+    return recipe.backbone or f"{recipe.output_dir}/backbone"
+
+
+def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
+    """The model and processor that training starts from."""
+    backbone = backbone_of(recipe)
+    torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
+    options: dict[str, Any] = {"latent_size": recipe.latent_size}
+    processor = ILVRProcessor.from_backbone(backbone, **options)
+    options |= {"latent_head": recipe.latent_head, **recipe.model_kwargs}
+    return ILVRForConditionalGeneration.from_backbone(backbone, **options), processor
+
+
+def load(recipe: Recipe, phase: str) -> Any:
+    """What a phase saved: a model, or an adapter over the backbone."""
+    adapter: dict[str, Any] = {"backbone": backbone_of(recipe), "is_trainable": True} if recipe.lora else {}
+    folder = f"{recipe.output_dir}/{phase}"
+    return ILVRForConditionalGeneration.from_pretrained(folder, **adapter, **recipe.model_kwargs)
+
+
+def load_data(recipe: Recipe) -> tuple[Any, Task | None]:
+    """The user's own training data, if there are any; and the task that tests and, without such data, trains."""
+    if recipe.task is not None:
+        task = load_task(recipe.task, **{"seed": recipe.seed, **recipe.task_settings})
+        own = None if recipe.dataset is None else load_conversations(recipe.dataset, **recipe.dataset_kwargs)
+        return own, task
+    with PartialState().main_process_first():  # the others read its cache
+        return load_own_data(recipe)
+
+
+def run(options: Namespace) -> int:
+    """Trains by a recipe."""
+    run_recipe(read_recipe(options))
+    return 0
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Trains all phases of a recipe, then scores what they saved on the same questions and writes a report.
+
+    Raises:
+        ValueError: before the first phase, if one of them or the data are wrong.
+    """
+    phases = phases_of(recipe)
+    own, task = load_data(recipe)
+    if recipe.backbone is None and PartialState().is_main_process:
+        torch.manual_seed(recipe.seed)
+        build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)
+    PartialState().wait_for_everyone()
+    model, processor = start(recipe)
+    cards = {}
+    for phase, settings in phases.items():
+        before = "stage1" if phase == "stage2" else "base"
+        if before in cards:
+            model = load(recipe, before)
+        if phase == "base":
+            # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
+            model.vlm.model.visual.patch_embed.requires_grad_(False)
+        data = own if own is not None else task.dataset("train", FORMS[phase])
+        cards[phase] = train(phase, settings, data, model, processor, recipe)
+    if not PartialState().is_main_process:
+        return  # without a barrier, which an evaluation may well outlast
+    (model,) = release_memory(model)
+    if recipe.lora:
+        load(recipe, "stage2").merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
+        processor.save_pretrained(f"{recipe.output_dir}/merged")
+    if task is not None:
+        print("\n=== evaluation ===", flush=True)
+        evaluate_checkpoints(
+            *(task, cards, recipe.output_dir),
+            forms={phase: "answer" if phase == "base" else FORMS[phase] for phase in cards},
+            load=lambda phase: load(recipe, phase).merge_and_unload() if recipe.lora else load(recipe, phase),
+            reload=recipe.backbone is None,
+            **recipe.evaluation,
+        )

@@ -1,0 +1,128 @@
+"""`ilvr card` and `ilvr push`: the card from what is saved, what goes to the Hub, and with whose token."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import make_trainer
+from hub_server import HubServer
+
+from ilvr.hub_cards import CARD_DATA, ILVRModelCard, Result
+from ilvr_commands.main import main
+from ilvr_commands.push import choose_files
+
+
+@pytest.fixture
+def folder(model, processor, tmp_path) -> Path:
+    """What a training of one step leaves, with a checkpoint within, and results in the card."""
+    trainer = make_trainer(model, processor, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    card = trainer.model_card()
+    card.results = [Result("Planning 3x3", "end_on_goal", 0.9, 100, 0.82, 0.95)]
+    card.controls = [Result("zeros", "end_on_goal", 0.1, 100)]
+    card.save(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_card_is_rebuilt_from_what_is_saved(folder, capsys):
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.md").read_text() == text and "1 results, 1 controls" in capsys.readouterr().out
+    assert main(["card", str(folder), "--repo_id", "user/tiny", "--license", "mit", "--dataset", "user/data"]) == 0
+    changed = (folder / "README.md").read_text()
+    assert 'from_pretrained("user/tiny", trust_remote_code=True)' in changed and "| zeros |" in changed
+    matter = yaml.safe_load(changed.split("---")[1])
+    assert matter["license"] == "mit" and matter["datasets"] == "user/data"
+    assert ILVRModelCard.load(folder).license == "mit"
+
+
+def test_a_card_of_a_checkpoint_whose_card_was_not_saved(folder, tmp_path, capsys):
+    (folder / CARD_DATA).unlink()
+    assert main(["card", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    assert "the next\n3 inputs" in text and "| optimizer steps | 1 |" in text and "Not measured yet." in text
+    assert main(["card", str(tmp_path)]) == 2 and "holds no ILVR checkpoint" in capsys.readouterr().err
+    (folder / CARD_DATA).write_text('{"model": 1}')
+    assert main(["card", str(folder)]) == 2 and "is not what a card says" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_goes_and_what_stays(folder, capsys):
+    assert main(["push", str(folder), "user/tiny", "--dry_run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"model.safetensors", "config.json", "README.md", CARD_DATA, "modeling_ilvr.py"} <= set(found["files"])
+    assert found["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+    assert found["left_out"]["training_args.bin"] == "may run code when it is read"
+    assert found["left_out"]["trainer_state.json"] == "state of training" and "checkpoint-1/" in found["left_out"]
+    assert (found["revision"], found["url"]) == ("main", None)
+    assert main(["push", str(folder), "user/tiny", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: may run code when it is read" in shown and "a dry run, nothing went to user/tiny" in shown
+
+
+def test_nothing_that_runs_code_is_chosen_from_a_checkpoint_of_a_run(folder):
+    inner = folder / "checkpoint-1"
+    chosen, left = choose_files(inner)
+    assert {path.name for path in inner.iterdir() if path.is_file()} == {*chosen, *left}
+    assert all(name in left for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "teacher.safetensors"))
+    assert "model.safetensors" in chosen and not any("running_log" in name for name in chosen)
+
+
+def test_folders_that_are_no_checkpoints_are_refused(folder, tmp_path, capsys):
+    def refused(message):
+        assert main(["push", str(folder), "user/tiny", "--dry_run"]) == 2
+        assert message in capsys.readouterr().err
+
+    (folder / "README.md").unlink()
+    refused(f"no model card. Write it: `ilvr card {folder}`")
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "teacher.safetensors").write_bytes(b"")
+    refused("no weights in safetensors")
+    (folder / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    refused("holds no ILVR checkpoint")
+    assert main(["push", str(tmp_path / "nowhere"), "user/tiny"]) == 2
+
+
+def push(url: str, home: Path, *arguments: str, token: str | None = "hf_mine") -> subprocess.CompletedProcess:
+    """`ilvr push` in a process of its own, for the client reads its settings once."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **({} if token is None else {"HF_TOKEN": token}),
+    }
+    code = "import sys; from ilvr_commands.main import main; sys.exit(main(['push', *sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_push_to_a_branch_of_a_private_repository_with_a_tag(folder, tmp_path):
+    server = HubServer(token="hf_mine")
+    with server as url:
+        options = ["--private", "--revision", "dev", "--tag", "v1", "--message", "First"]
+        done = push(url, tmp_path / "home", str(folder), "user/tiny", *options)
+    assert done.returncode == 0, done.stderr
+    files = server.repos["user/tiny"]
+    assert set(files) == set(choose_files(folder).chosen)
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert b'from_pretrained("user/tiny", trust_remote_code=True)' in files["README.md"]
+    assert b'"run"' not in files["README.md"] and '"run"' in (folder / "README.md").read_text()
+    assert server.private == {"user/tiny"} and server.commits == ["dev"]
+    assert server.refs == {"dev": None, "v1": server.sha("user/tiny")}
+    assert "left out" in done.stdout and "/user/tiny/commit/" in done.stdout
+
+
+@pytest.mark.parametrize(("token", "message"), [(None, "hf auth login"), ("hf_other", "The Hub refuses the token")])
+def test_push_needs_a_token_that_may_write(folder, tmp_path, token, message):
+    server = HubServer(token="hf_mine")
+    with server as url:
+        done = push(url, tmp_path / "home", str(folder), "user/tiny", token=token)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ilvr push: ")]
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0] and not server.repos
