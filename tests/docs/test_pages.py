@@ -21,7 +21,7 @@ from peft import LoraConfig
 
 import ilvr
 from ilvr import trainer as trainers
-from ilvr.trainer import ILVRTrainingConfig
+from ilvr.trainer import ILVRGRPOConfig, ILVRTrainingConfig
 
 
 ROOMS = {"modeling_ilvr": "ilvr"} | {
@@ -107,6 +107,17 @@ def test_serving(cups, capsys):
     ]
 
 
+def test_reinforcement_learning(cups, monkeypatch):
+    monkeypatch.setattr(trainers, "ILVRGRPOConfig", partial(ILVRGRPOConfig, **ON_CPU, max_steps=1))
+    fewer = {'"stage2"': '"cups/stage2"', "boards=2000, test_boards=500": "boards=4, test_boards=1"}
+    run(
+        "docs/reinforcement_learning.md",
+        names := {},
+        {**fewer, "max_completion_length=96": "max_completion_length=12"},
+    )
+    assert "rewards/format_reward/mean" in names["trainer"].state.log_history[0]
+
+
 def test_audit(cups, model, processor):
     names = {"model": model, "processor": processor}
     few = {
@@ -158,7 +169,7 @@ def test_from_reference_code(image_root, monkeypatch):
 
 def test_python_elsewhere_is_run_or_marked():
     """New pages are added here with what they need, or their blocks say why they are not run."""
-    here = {"start", "hub", "serving", "paper_to_config", "from_reference_code", "audit"}
+    here = {"start", "hub", "serving", "paper_to_config", "from_reference_code", "audit", "reinforcement_learning"}
     elsewhere = {
         "data",
         "training",
