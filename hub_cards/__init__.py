@@ -1,6 +1,6 @@
 """Model cards of ILVR checkpoints."""
 
-from .model_card import CARD_DATA, ILVRModelCard, Result
+from .model_card import ILVRModelCard, Result
 
 
-__all__ = ["CARD_DATA", "ILVRModelCard", "Result"]
+__all__ = ["ILVRModelCard", "Result"]

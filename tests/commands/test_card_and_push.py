@@ -11,7 +11,8 @@ import yaml
 from helpers import make_trainer
 from hub_server import HubServer
 
-from ilvr.hub_cards import CARD_DATA, ILVRModelCard, Result
+from ilvr.hub_cards import ILVRModelCard, Result
+from ilvr.hub_cards.model_card import CARD_DATA
 from ilvr_commands.main import main
 from ilvr_commands.push import choose_files
 

@@ -27,15 +27,20 @@ BACKBONES = [name for name in BUILDERS if name not in FULLY_TESTED]
 PROMPTS = [SPAN_SAMPLES[0], SPAN_SAMPLES[1]]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_walk_has_the_gradients_of_prefix_recompute(model, processor, checkpointing):
+# `rescale` divides by the norm of a state, and what linear attention sums up in fp32 is off by more.
+@pytest.mark.parametrize(
+    ("checkpointing", "latent_head", "bound"),
+    [(False, "identity", 1e-4), (True, "identity", 1e-4), (False, "rescale", 3e-4)],
+)
+def test_walk_has_the_gradients_of_prefix_recompute(model, processor, checkpointing, latent_head, bound):
+    model.config.latent_head = latent_head
     inputs = encode(processor, SPAN_SAMPLES, "left")
     model.train()
     expected = gradients(model, next_token_loss(prefix_recompute(model, inputs), inputs))
     if checkpointing:
         model.activation_checkpointing_enable()
     found = gradients(model, next_token_loss(model(**inputs).logits, inputs))
-    assert largest_difference(found, expected) < 1e-4
+    assert largest_difference(found, expected) < bound
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -280,7 +280,7 @@ def test_drawn_latents_count_by_their_density(model, processor, tmp_path, beta):
     expected = log_probs_of(model.get_output_embeddings()(hidden), inputs)
     drawn = {row: iter(values[row].flatten(0, 1)) for row in range(len(values))}
     for row, column in is_latent.nonzero().tolist():
-        error = next(drawn[row]) - hidden[row, offset + column - 1]
+        error = next(drawn[row]) - model.model.latent_head(hidden[row, offset + column - 1])
         expected[row, column] = -error.square().sum() / (2 * sigma**2)
     policy_gradients = gradients(model, trainer.compute_loss(trainer.model, inputs))
     images = {name: value for name, value in inputs.items() if name in whole or name == "num_images"}

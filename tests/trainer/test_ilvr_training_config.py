@@ -19,7 +19,7 @@ def added_fields(config_class) -> set[str]:
 
 
 # A value of each field of ours that must change what a run of three steps logs; `cache_images` changes the data
-# instead, and `optimizer_state_from` has tests of its own.
+# instead, and `optimizer_state_from` and `swap_latents` have tests of their own.
 VARIED = {
     "stage": 2,
     "freeze_vision_tower": False,
@@ -81,7 +81,7 @@ def test_each_alignment_is_another_loss(model, processor, tmp_path):
 
 
 def test_the_list_of_fields_is_complete():
-    assert added_fields(ILVRTrainingConfig) == VARIED.keys() | {"cache_images", "optimizer_state_from"}
+    assert added_fields(ILVRTrainingConfig) == VARIED.keys() | {"cache_images", "optimizer_state_from", "swap_latents"}
 
 
 def test_defaults_in_the_docstring_are_the_defaults():

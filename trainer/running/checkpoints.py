@@ -16,7 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from ilvr.hub_cards import CARD_DATA
+from ilvr.hub_cards.model_card import CARD_DATA
 
 
 logger = logging.get_logger(__name__)

@@ -48,4 +48,4 @@ def test_grouped_training_draws_another_order_each_epoch(model, processor, tmp_p
         sampler.set_epoch(epoch)
         lengths = [trainer.train_dataset[i]["length"] for i in sampler]
         epochs += [lengths[:4], lengths[4:]]
-    assert seen[:4] == epochs
+    assert seen[1:5] == epochs  # behind the samples that the norm of targets is measured on
