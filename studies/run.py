@@ -47,6 +47,10 @@ def run(study: Study, name: str, seed: int) -> Path:
     """Trains and tests an arm, unless it was; returns the folder of its checkpoint."""
     folder = RUNS / study.name / str(seed) / name
     result = RESULTS / study.name / f"{name}-{seed}.json"
+    if result.exists() and json.loads(result.read_text()).get("definition") != study.definition_of(name, seed):
+        raise ValueError(
+            f"{result} is of another definition of {name} than {study.name} has now. Remove it, and {folder}."
+        )
     if not (folder / "trainer_state.json").exists():  # saved last
         train(study, name, seed, folder)
     if not result.exists():
@@ -98,7 +102,7 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
         "arm": name,
         "seed": seed,
         "commit": json.loads((folder / "commit.json").read_text()),
-        "settings": study.settings_of(name, seed),
+        "definition": study.definition_of(name, seed),
         "seconds": round(json.loads((folder / "seconds.json").read_text())),
         "log": [{k: round(e[k], 5) for k in ("step", *LOGGED) if k in e} for e in log if "loss" in e],
         "tests": {},

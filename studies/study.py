@@ -1,5 +1,6 @@
 """A study as its YAML file says it: a task, tests, and arms that differ from each other in one thing."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,16 @@ class Study:
     def settings_of(self, arm: str, seed: int) -> dict[str, Any]:
         """The training settings of an arm."""
         return {"seed": seed, **self.training, **self.arms[arm].settings}
+
+    def definition_of(self, arm: str, seed: int) -> dict[str, Any]:
+        """What the results of an arm follow from, beside the code: its settings, those of the arms that it continues,
+        and those of the study; as JSON has them."""
+        own = vars(self.arms[arm]) | {"settings": self.settings_of(arm, seed)}
+        if own["after"] is not None:
+            own["after"] = self.definition_of(own["after"], seed)["arm"]
+        named = {name: value for name, value in own.items() if name not in ("note", "controls")}
+        found = {"arm": named, "task": self.task_settings, "tests": self.tests, "backbone": self.backbone}
+        return json.loads(json.dumps(found))
 
     def task_of(self, seed: int, test: str | None = None, *, arm: str | None = None) -> Task:
         """The task under a seed, with the settings of a test, or of an arm's training."""

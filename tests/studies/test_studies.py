@@ -70,6 +70,9 @@ def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypat
     (tmp_path / "results" / "tiny" / "stage2-1.json").unlink()
     run.run(study, "stage2", 1)
     assert page.load(study)["stage2"][1]["tests"] == found["stage2"][1]["tests"]
+    study.arms["base"].settings["warmup_steps"] = 7
+    with pytest.raises(ValueError, match="stage2-1.json is of another definition of stage2 than tiny has now"):
+        run.run(study, "stage2", 1)
     report = page.report(study, found)
     assert f"| stage2 | {study.arms['stage2'].note} |" in report and "| 98 %" not in report
 
