@@ -18,7 +18,7 @@ from .rendering import render_shift_board
 
 QUESTION, REPEAT = "Where does the player end? Shifts {} to {} of {}. ", "Repeat the shifts {} to {} of {}."
 WHERE, DESCRIBE = "Where is the player?", "Describe the board."
-BASE_SHIFTS = (1, 2)  # what a small backbone is asked to do at once
+BASE_SHIFTS = (1, 2)  # what a small backbone is asked to do at once; twice, if it has no list to repeat
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,18 @@ def conversation(
     return builder.finish(metadata, set(), answer)
 
 
-def base_conversation(board: ShiftBoard, questions: list[Asked], repeated: Asked) -> dict[str, Any]:
+def base_conversation(board: ShiftBoard, questions: list[Asked], repeated: Asked | None = None) -> dict[str, Any]:
     """What a small backbone learns first: several questions about one picture, before all where the player is.
 
     Args:
         board (`ShiftBoard`): in the picture.
         questions (`list[Asked]`): shifts to take at once.
-        repeated (`Asked`): shifts to find in a list by their numbers.
+        repeated (`Asked`, *optional*): shifts to find in a list by their numbers.
     """
     turns = [(WHERE, _boxed(board)), (DESCRIBE, _letters(board))]
     turns += [(question_of(asked, "answer"), _boxed(board.after(asked.shifts)[-1])) for asked in questions]
-    turns.append((repeated.said_as(REPEAT), f" {numbered(repeated.shifts, repeated.first_number)}"))
+    if repeated is not None:
+        turns.append((repeated.said_as(REPEAT), f" {numbered(repeated.shifts, repeated.first_number)}"))
     builder = ConversationBuilder(cast(Any, as_png))
     for number, (question, answer) in enumerate(turns):
         builder.add_turn("user", "question")

@@ -148,8 +148,10 @@ def _rows(task: Shifts, split: str, form: str) -> Iterator[dict[str, Any]]:
         board = sample_board(rng, task.size, split, task.seed)
         draw = partial(_asked, rng, board, touch=task.touch, first_numbers=first_numbers)
         if is_base:
-            at_once = [draw(number, (1, 1)) for number in BASE_SHIFTS]
-            yield base_conversation(board, at_once, draw(rng.randint(lengths[0], max(lengths[1], listed[1])), listed))
+            repeats = listed[1] > lengths[1]  # questions list more than they ask for
+            at_once = [draw(number, (1, 1)) for number in BASE_SHIFTS * (1 if repeats else 2)]
+            repeated = draw(rng.randint(lengths[0], listed[1]), listed) if repeats else None
+            yield base_conversation(board, at_once, repeated)
         else:
             asked = draw(rng.randint(*lengths), listed)
             yield conversation(board, asked, form, names_shifts=task.names_shifts, latent_size=task.latent_size)

@@ -165,8 +165,9 @@ def test_the_last_span_of_another_sample_leads_to_its_answer():
     assert task.donor_reference(one, other) == other["answer"] and task.reference(one) == one["answer"]
 
 
-def test_base_asks_first_where_the_player_is():
-    task = load_task("shifts", boards=1, test_boards=1, base_boards=4)
+@pytest.mark.parametrize(("listed", "at_once"), [((1, 1), [1, 2, 1, 2]), ((12, 14), [1, 2])])
+def test_base_asks_first_where_the_player_is(listed, at_once):
+    task = load_task("shifts", boards=1, test_boards=1, base_boards=4, listed=listed)
     for sample in task.dataset("train", "base"):
         metadata = json.loads(sample["metadata"])
         board = ShiftBoard(tuple(metadata["board"]), tuple(metadata["player"]))
@@ -175,17 +176,24 @@ def test_base_asks_first_where_the_player_is():
         row, column = board.player
         letters = [line.split() for line in turns[3].split("\n")]
         assert letters[row][column] == "P" and sum(line.count("P") for line in letters) == 1
-        assert len(sample["images"]) == 1 and len(turns) == 10
-        for question, answer in zip(turns[4:8:2], turns[5:8:2]):
+        assert len(sample["images"]) == 1
+        for number in at_once:
+            question, answer = turns[4:6]
+            del turns[4:6]
             words = question.split(" of ")[1].split(".")[0].split()
+            assert len(words) == 3 * number
             end = board
             for line, direction in zip(words[1::3], words[2::3]):
                 end = end.shift(f"{line} {direction}")
             assert answer == f" \\boxed{{{cell_name(end.player)}}}"
-        wanted, listed = turns[8].removeprefix("Repeat the shifts ").removesuffix(".").split(" of ")
-        repeated = turns[9].split()
-        assert f"{repeated[0]} to {repeated[-3]}" == wanted and turns[9].strip() in listed
-        assert 4 <= len(repeated) // 3 <= 10
+        if listed == (1, 1):
+            assert len(turns) == 4
+            continue
+        asked, repeated = turns[4:]
+        wanted, shifts = asked.removeprefix("Repeat the shifts ").removesuffix(".").split(" of ")
+        words = repeated.split()
+        assert f"{words[0]} to {words[-3]}" == wanted and repeated.strip() in shifts
+        assert 4 <= len(words) // 3 <= 14 and 12 <= len(shifts.split()) // 3 <= 14
 
 
 def test_shifts_may_be_numbered_from_a_random_number():
