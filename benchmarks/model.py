@@ -91,7 +91,9 @@ def _board(seed: int) -> PILImage.Image:
     return PILImage.fromarray(pixels.numpy()).resize((IMAGE_SIZE, IMAGE_SIZE), PILImage.Resampling.NEAREST)
 
 
-def make_trainer(model, processor, workload: Workload, stage: int, folder: Path, copies: int = 1, **kwargs):
+def make_trainer(
+    model, processor, workload: Workload, stage: int, folder: Path, copies: int = 1, peft_config=None, **kwargs
+):
     """The trainer that a user would build, on `copies` batches; deterministic, so that losses can be compared."""
     settings = {
         "stage": stage,
@@ -108,7 +110,7 @@ def make_trainer(model, processor, workload: Workload, stage: int, folder: Path,
     samples = [make_sample(workload, processor)] * (workload.batch * copies)
     dataset = Dataset.from_list(samples).cast_column("images", List(Image()))
     args = ILVRTrainingConfig(str(folder / f"stage{stage}"), **settings)
-    return ILVRTrainer(model, args, train_dataset=dataset, processing_class=processor)
+    return ILVRTrainer(model, args, train_dataset=dataset, processing_class=processor, peft_config=peft_config)
 
 
 def make_batch(trainer) -> dict[str, torch.Tensor]:

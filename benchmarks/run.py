@@ -90,14 +90,14 @@ def others(folder: Path, quick: bool) -> dict:
     return {**measured, "inputs": inputs.rows(quick), "ceilings": measure.ceilings()}
 
 
-def machine(options) -> dict:
+def machine(options, command: str | None = None) -> dict:
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "device": device,
         "threads": options.threads,
-        "command": "python -m benchmarks.run --quick" if options.quick else "make bench",
+        "command": command or ("python -m benchmarks.run --quick" if options.quick else "make bench"),
         "torch": torch.__version__,
         "commit": commit,
         "date": str(date.today()),

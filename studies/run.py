@@ -2,6 +2,7 @@
 
     python -m studies.run studies/shifts.yaml --seeds 0 1 2
     python -m studies.run studies/shifts.yaml --seeds 0 --arms answer_only stage1
+    python -m studies.run studies/shifts.yaml --seeds 0 1 2 --processes 12    # arms at once, on a GPU or many cores
 
 Checkpoints go to `runs/studies/NAME/SEED/ARM`, what was measured to `studies/results/NAME/ARM-SEED.json`, of which
 `python -m studies.page` makes the tables.
@@ -9,8 +10,10 @@ Checkpoints go to `runs/studies/NAME/SEED/ARM`, what was measured to `studies/re
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,51 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", help="by default all; with each come those that it continues")
+    parser.add_argument("--processes", type=int, default=1, help="arms that are trained and tested at once")
     options = parser.parse_args()
     study = Study.load(options.study)
     unknown = set(options.arms or ()) - set(study.arms)
     if unknown:
         parser.error(f"there are no arms {sorted(unknown)}; choose from {list(study.arms)}")
-    for seed in options.seeds:
-        for arm in options.arms or study.arms:
-            run(study, arm, seed)
+    if options.processes == 1:
+        for seed in options.seeds:
+            for arm in options.arms or study.arms:
+                run(study, arm, seed)
+    else:
+        run_at_once(study, options.arms or list(study.arms), options.seeds, options.processes)
+
+
+def run_at_once(study: Study, arms: list[str], seeds: list[int], processes: int) -> None:
+    """Runs arms in several processes, each as soon as the one that it continues is done, in the order given.
+
+    An arm that fails takes those with it that continue it; the others are run.
+
+    Raises:
+        RuntimeError: at the end, names the arms that failed.
+    """
+    waiting = [(name, seed) for name in study.with_those_before(arms) for seed in seeds]
+    running: dict[Future, tuple[str, int]] = {}
+    done: set[tuple[str | None, int]] = set()
+    failed: dict[tuple[str, int], BaseException] = {}
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:  # which have all imported
+        while waiting or running:
+            ready = [(arm, seed) for arm, seed in waiting if (study.arms[arm].after, seed) in {*done, (None, seed)}]
+            for arm, seed in ready[: processes - len(running)]:
+                waiting.remove((arm, seed))
+                running[pool.submit(run, study, arm, seed)] = arm, seed
+            if not running:
+                break  # what waits continues an arm that failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    done.add(job)
+                else:
+                    failed[job] = error
+                    print(f"{job[0]}, seed {job[1]}, failed: {error!r}", flush=True)
+    if failed:
+        raise RuntimeError(f"Failed: {sorted(failed)}; not run: {sorted(waiting)}.") from next(iter(failed.values()))
 
 
 def run(study: Study, name: str, seed: int) -> Path:
@@ -95,6 +135,7 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """What an arm's checkpoint answers in each test, with its own latents and under its controls."""
     arm = study.arms[name]
     model = ILVRForConditionalGeneration.from_pretrained(folder).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = ILVRProcessor.from_pretrained(folder)
     settings = {"batch_size": study.batch_size, "max_new_tokens": study.max_new_tokens}
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]

@@ -82,6 +82,15 @@ class Study:
                 raise ValueError(f"Arm {name} (with `training`): {error}") from error
         return study
 
+    def with_those_before(self, names: list[str]) -> list[str]:
+        """Arms, each behind those that it continues."""
+        found: list[str] = []
+        for name in names:
+            after = self.arms[name].after
+            before = [] if after is None else self.with_those_before([after])
+            found += [arm for arm in (*before, name) if arm not in found]
+        return found
+
     def settings_of(self, arm: str, seed: int) -> dict[str, Any]:
         """The training settings of an arm."""
         return {"seed": seed, **self.training, **self.arms[arm].settings}

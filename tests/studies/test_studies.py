@@ -127,3 +127,26 @@ def test_the_page_is_rewritten_between_its_marks(study, tmp_path, monkeypatch):
         "<!-- /results: tiny -->\nafter\n"
     )
     assert "| base |" in text and "**50.0**" in text
+
+
+def test_arms_are_run_in_several_processes(study, tmp_path, monkeypatch, capfd):
+    """Each after the one that it continues; one that fails takes those with it that continue it, and no others."""
+    run.run_at_once(study, ["stage2", "answer_only"], [0, 1], processes=3)
+    assert {arm: sorted(runs) for arm, runs in page.load(study).items()} == dict.fromkeys(KEPT, [0, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "RESULTS", tmp_path / "others")
+        patch.setattr(run, "RUNS", tmp_path / "others")
+        patch.setattr(run, "measure", fails_for_stage1)
+        with pytest.raises(RuntimeError, match=r"Failed: \[\('stage1', 0\)\]; not run: \[\('stage2', 0\)\]"):
+            run.run_at_once(study, ["stage2", "answer_only"], [0], processes=2)
+        assert sorted(file.name for file in (tmp_path / "others" / "tiny").glob("*.json")) == [
+            "answer_only-0.json",
+            "base-0.json",
+        ]
+    assert "stage1, seed 0, failed: ValueError('unreadable')" in capfd.readouterr().out
+
+
+def fails_for_stage1(study, name, seed, folder):
+    if name == "stage1":
+        raise ValueError("unreadable")
+    return {"tests": {}, "definition": study.definition_of(name, seed)}

@@ -1,0 +1,115 @@
+"""Random checkpoints of published sizes, in bf16 on a GPU: training steps of all kinds, and generation in batches.
+
+python -m pytest -m gpu tests/gpu -s
+"""
+
+import gc
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers.generation import LogitsProcessorList
+
+from benchmarks.model import Workload, make_batch, make_trainer
+from benchmarks.sides import Script
+from benchmarks.sizes import build
+from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+
+
+pytestmark = pytest.mark.gpu
+LATENTS = 8
+WORK = Workload(spans=2, batch=2)
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl_3b", "qwen3_vl_4b"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    build(folder, request.param)
+    return folder
+
+
+def load(folder, **options):
+    options = {"latent_size": LATENTS, "device_map": "cuda", "dtype": torch.bfloat16, **options}
+    model = ILVRForConditionalGeneration.from_backbone(folder, **options)
+    return model, ILVRProcessor.from_backbone(folder, latent_size=LATENTS)
+
+
+@pytest.fixture(autouse=True)
+def freed_memory():
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+KINDS = {
+    "stage 1": {"stage": 1},
+    "stage 1, checkpointing": {"stage": 1, "activation_checkpointing": True},
+    "stage 1, LoRA": {"stage": 1, "lora": True},
+    "stage 2": {"stage": 2},
+    "stage 2, checkpointing": {"stage": 2, "activation_checkpointing": True},
+    "stage 2, LoRA": {"stage": 2, "lora": True},
+    "stage 2, in parallel": {"stage": 2, "jacobi_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_steps(folder, kind, tmp_path):
+    settings = dict(KINDS[kind])
+    model, processor = load(folder)
+    lora = LoraConfig(r=32, target_modules=["q_proj", "v_proj"]) if settings.pop("lora", False) else None
+    settings |= {"bf16": True, "learning_rate": 1e-4, "teacher_decay": 0.9, "max_steps": 3, "logging_steps": 1}
+    trainer = make_trainer(
+        model, processor, WORK, settings.pop("stage"), tmp_path, copies=3, peft_config=lora, **settings
+    )
+    before = {name: p.detach().clone() for name, p in list(trainer.student.named_parameters()) if p.requires_grad}
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3 and all(math.isfinite(entry["loss"]) for entry in logs)
+    assert logs[-1]["loss"] < logs[0]["loss"]  # three times the same batch
+    parameters = dict(trainer.student.named_parameters())
+    moved = [name for name, own in before.items() if not torch.equal(own, parameters[name])]
+    assert len(moved) > 0.9 * len(before)
+    if trainer.args.stage == 1:
+        assert 0 < logs[-1]["teacher_distance"] < 1
+    print(f"{kind}: {logs[-1].get('gpu_memory_gib', 0):.1f} GiB, losses {[round(entry['loss'], 3) for entry in logs]}")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_losses_are_those_of_fp32(folder, stage, tmp_path):
+    def loss(dtype):
+        model, processor = load(folder, dtype=dtype)
+        trainer = make_trainer(model.train(), processor, WORK, stage, tmp_path / str(dtype), bf16=False)
+        with torch.no_grad():
+            return float(trainer.compute_loss(trainer.student, make_batch(trainer)))
+
+    losses = []
+    for dtype in (torch.bfloat16, torch.float32):
+        losses.append(loss(dtype))
+        gc.collect()
+    print(f"stage {stage}: bf16 {losses[0]:.4f}, fp32 {losses[1]:.4f}")
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+def test_a_batch_is_generated_as_its_rows_are(folder, implementation, tmp_path):
+    if implementation == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    model, processor = load(folder, attn_implementation=implementation)
+    trainer = make_trainer(model, processor, Workload(spans=2, batch=4), 2, tmp_path, bf16=True)
+    batch, model = make_batch(trainer), trainer.student.eval()
+    length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    prompt = {name: batch[name][:, :length] for name in names}
+    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+    script = LogitsProcessorList([Script(length, batch["input_ids"][0, length:])])
+    steps = batch["input_ids"].shape[1] - length
+    settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
+    settings |= {"output_latents": True, "return_dict_in_generate": True}
+    one = {name: value[: len(value) // 4] for name, value in prompt.items()}
+    alone, together = model.generate(**one, **settings).latents, model.generate(**prompt, **settings).latents
+    assert len(together) == 4 and together[0].shape == (2, LATENTS, model.config.get_text_config().hidden_size)
+    for row in together:
+        similarity = torch.cosine_similarity(row.float(), alone[0].float(), dim=-1)
+        print(f"{implementation}: similarity of latents {similarity.min():.4f} and more")
+        assert similarity.min() > 0.95
