@@ -55,8 +55,10 @@ def load(study: Study) -> Found:
 
 def report(study: Study, found: Found) -> str:
     """The tables in Markdown."""
-    commits = sorted({result["commit"] for runs in found.values() for result in runs.values()})
-    parts = [f"Commits {', '.join(commits)}.", "### Accuracy", accuracy_table(study, found)]
+    every = [result for runs in found.values() for result in runs.values()]
+    commits = ", ".join(sorted({result["commit"] for result in every}))
+    devices = ", ".join(sorted({result["device"] for result in every}))
+    parts = [f"Commits {commits}, on {devices}.", "### Accuracy", accuracy_table(study, found)]
     parts += ["### With other latents", controls_table(study, found)]
     parts += ["### By difficulty", groups_table(found)]
     if study.name in RULES:

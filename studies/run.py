@@ -143,6 +143,7 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
         "arm": name,
         "seed": seed,
         "commit": json.loads((folder / "commit.json").read_text()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "definition": study.definition_of(name, seed),
         "seconds": round(json.loads((folder / "seconds.json").read_text())),
         "log": [{k: round(e[k], 5) for k in ("step", *LOGGED) if k in e} for e in log if "loss" in e],

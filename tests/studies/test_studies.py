@@ -81,7 +81,7 @@ def results(arm, seed, right, controls=None):
     trained = {"right": right, "groups": ["4 shifts"] * len(right), "tokens": 1, "spans": 1}
     longer = {"right": "1", "groups": ["12 shifts"], "tokens": 1, "spans": 1}
     tests = {"trained": {**trained, **({"controls": controls} if controls else {})}, "longer": longer}
-    return {"arm": arm, "seed": seed, "commit": "abc", "seconds": 1, "tests": tests}
+    return {"arm": arm, "seed": seed, "commit": "abc", "device": "CPU", "seconds": 1, "tests": tests}
 
 
 def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
@@ -123,7 +123,7 @@ def test_the_page_is_rewritten_between_its_marks(study, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["page", str(tmp_path / "study.yaml")])
     page.main()
     text = document.read_text()
-    assert text.startswith("before\n<!-- results: tiny -->\nCommits abc.") and text.endswith(
+    assert text.startswith("before\n<!-- results: tiny -->\nCommits abc, on CPU.") and text.endswith(
         "<!-- /results: tiny -->\nafter\n"
     )
     assert "| base |" in text and "**50.0**" in text
