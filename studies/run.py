@@ -62,8 +62,9 @@ def run_at_once(study: Study, arms: list[str], seeds: list[int], processes: int)
     running: dict[Future, tuple[str, int]] = {}
     done: set[tuple[str | None, int]] = set()
     failed: dict[tuple[str, int], BaseException] = {}
-    torch.set_num_threads(1)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:  # which have all imported
+    # A fork is there at once, but a process forked from one that has looked for a GPU cannot use it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         while waiting or running:
             ready = [(arm, seed) for arm, seed in waiting if (study.arms[arm].after, seed) in {*done, (None, seed)}]
             for arm, seed in ready[: processes - len(running)]:
