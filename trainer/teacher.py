@@ -1,6 +1,7 @@
 """The momentum teacher: an fp32 exponential moving average of the student (paper, equation 2)."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -77,11 +78,11 @@ class MomentumTeacher:
     def distance(self, student: torch.nn.Module) -> float:
         """Relative L2 distance between the trained weights of teacher and student."""
         parameters = dict(student.named_parameters())
-        gap, norm = torch.zeros(()), torch.zeros(())
+        gap = norm = 0.0  # numbers, since a model may lie on several devices
         for name, average in zip(self.names, self.parameters()):
-            gap += _whole((average - parameters[name].to(average.dtype)).square().sum())
-            norm += _whole(average.square().sum())
-        return float((gap / norm).sqrt())
+            gap += float(_whole((average - parameters[name].to(average.dtype)).square().sum()))
+            norm += float(_whole(average.square().sum()))
+        return math.sqrt(gap / norm)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged weights, whole on each rank."""

