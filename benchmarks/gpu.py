@@ -126,6 +126,8 @@ def tables(results: dict) -> str:
                 f"| {f'{1000 * other:.0f}' if other else '–'} | {flops / seconds['ours'] / best['flops']:.0%} "
                 f"| {memory['ours'] / memory['floor']:.2f} |"
             )
+    if not any(found["generation"] for found in results["sizes"].values()):
+        return "\n".join(lines)
     lines += [
         "",
         "| size | batch | prompt, ms | tokens/s | static cache | latents of a span at once | backbone alone "

@@ -101,7 +101,7 @@ def make_trainer(
         "gradient_accumulation_steps": 1,
         "activation_checkpointing": False,
         "alignment_noise": 0.0,
-        "bf16": False,
+        "bf16": torch.cuda.is_available(),  # for the teacher, whose weights are fp32
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
