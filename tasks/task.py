@@ -60,7 +60,7 @@ class Task(ABC):
     title: str  # of its results, such as "FrozenLake planning"
     metric: str  # for `ilvr.evaluation.load_metric`: a name, or the path of a file of one's own
     prompt: str  # an example of a question, for a model card
-    helper_question: str | None = None  # what to ask of a helper image, for `selection_method="answer_gradient"`
+    helper_question: str | None = None  # what to ask of a helper image, for `selection_method="answer_occlusion"`
 
     @abstractmethod
     def dataset(self, split: str, form: str = "trace") -> Dataset:

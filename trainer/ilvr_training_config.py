@@ -39,16 +39,17 @@ class ILVRTrainingConfig(SFTConfig):
             Momentum of the teacher.
         selection_method (`str`, *optional*, defaults to `"query_top_p"`):
             How targets are selected: `"query_top_p"` (paper), `"answer_gradient"` (what the teacher's own answer to
-            `helper_question` depends on; ours), `"attention"` (what that answer attends to; ours, cheaper, needs
-            `attn_implementation="eager"`), `"change"` (what differs from the picture before; ours), `"mean_pool"` (as
-            Mirage), `"uniform"` or `"random"`; `"followed"` is an oracle for tasks that know the right patch
-            (`followed` in a row's `metadata`): an upper bound, not a method.
+            `helper_question` depends on; ours), `"answer_occlusion"` (what that answer loses when a patch is hidden;
+            ours, dearer), `"attention"` (what it attends to; ours, cheaper, needs `attn_implementation="eager"`),
+            `"change"` (what differs from the picture before; ours), `"mean_pool"` (as Mirage), `"uniform"` or
+            `"random"`; `"followed"` is an oracle for tasks that know the right patch (`followed` in a row's
+            `metadata`): an upper bound, not a method.
         selection_schedule (`str`, *optional*, defaults to `"step"`):
             When they are selected: at each `"step"`, by the moving teacher, or `"once"`, before training, by the model
             that it starts from.
         helper_question (`str`, *optional*, defaults to `None`):
-            What `"answer_gradient"` and `"attention"` ask of each helper image, unless a row's `metadata` has
-            `helper_questions`.
+            What `"answer_gradient"`, `"answer_occlusion"` and `"attention"` ask of each helper image, unless a row's
+            `metadata` has `helper_questions`.
         max_helper_answer_tokens (`int`, *optional*, defaults to 8):
             At which its answers are cut.
         unselected_slots (`str`, *optional*, defaults to `"pad"`):
@@ -155,7 +156,7 @@ class ILVRTrainingConfig(SFTConfig):
         default="step", metadata={"help": "When targets are selected.", "choices": ["step", "once"]}
     )
     helper_question: str | None = field(
-        default=None, metadata={"help": "What answer_gradient and attention ask of each helper image."}
+        default=None, metadata={"help": "What answer_… and attention ask of each helper image."}
     )
     max_helper_answer_tokens: int = field(default=8, metadata={"help": "At which its answers are cut."})
     unselected_slots: str = field(

@@ -1,4 +1,4 @@
-"""What in a picture the model's own answer depends on: by the answer's gradient, or by its attention.
+"""What in a picture the model's own answer depends on: by its gradient, by its attention, or by hiding patches.
 
 R pictures, N tokens of a picture, T columns, A columns of an answer, D hidden, V vocabulary.
 """
@@ -7,6 +7,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .teacher import MomentumTeacher
 
 TOKENS_AT_ONCE = 16384  # columns of a forward with gradient: what fits beside a training step
 WEIGHTS_AT_ONCE = 2**20  # pairs of columns of a forward that keeps the attention of all layers
+HIDDEN_PATCHES = 64  # of a picture are hidden, one after the other: those with the largest gradient
+DECISIVE_LOSS = 0.01  # nats, from which hiding a patch says more than all gradients
 
 
 def speaking_teacher(student: Any, teacher: MomentumTeacher) -> ILVRForConditionalGeneration:
@@ -77,15 +80,8 @@ class AnswerRelevance(ABC):
         """How many pictures with questions of so many columns fit beside a training step."""
 
     @abstractmethod
-    def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
-        """The relevance of each patch of some pictures, one after the other.
-
-        Args:
-            forward (`Callable`): the model's outputs for the ids and the features of these pictures.
-            features (`torch.Tensor` of shape `(N of all, D)`): of the pictures.
-            ids (`torch.LongTensor` of shape `(R, T)`): questions and answers.
-            start (`int`): the column at which answers start.
-        """
+    def _scores(self, asked: "AskedPictures") -> torch.Tensor:
+        """The relevance of each patch of some pictures, one after the other: (N of all,)."""
 
     def _of_some(
         self, tensors: dict[str, torch.Tensor], features: list[torch.Tensor], layers: list[list[torch.Tensor]]
@@ -93,9 +89,9 @@ class AnswerRelevance(ABC):
         config, prompts = self.model.config, tensors["prompt_ids"]
         own = {k: v for k, v in tensors.items() if k in ("image_grid_thw", "image_sizes")}
 
-        def inputs(ids: torch.Tensor, pictures: torch.Tensor) -> dict[str, Any]:
+        def inputs(ids: torch.Tensor, pictures: torch.Tensor, layers: list[torch.Tensor]) -> dict[str, Any]:
             answered = torch.ones_like(ids[:, prompts.shape[1] :])
-            encoded = ImageFeatures([pictures], [[torch.cat(layer)] for layer in layers])
+            encoded = ImageFeatures([pictures], [[layer] for layer in layers])
             return {
                 "input_ids": ids,
                 "attention_mask": torch.cat([tensors["prompt_mask"], answered], dim=1),
@@ -104,26 +100,55 @@ class AnswerRelevance(ABC):
                 **own,
             }
 
-        flat = torch.cat(features).detach()
+        flat, flat_layers = torch.cat(features).detach(), [torch.cat(layer) for layer in layers]
         with torch.no_grad():
             ids = self.model.generate(
-                **inputs(prompts, flat),
+                **inputs(prompts, flat, flat_layers),
                 do_sample=False,
                 max_new_tokens=self.max_new_tokens,
                 suppress_tokens=[config.latent_start_token_id],
             )
 
-        def forward(pictures: torch.Tensor, **options: Any) -> Any:
-            return self.model(**inputs(ids, pictures), use_cache=False, **options)
+        def forward(pictures: torch.Tensor, layers: list[torch.Tensor], **options: Any) -> Any:
+            return self.model(**inputs(ids, pictures, layers), use_cache=False, **options)
 
-        scores = self._scores(forward, flat, ids, prompts.shape[1])
-        return list(scores.split([len(picture) for picture in features]))
+        lengths = [len(picture) for picture in features]
+        asked = AskedPictures(forward, flat, flat_layers, lengths, ids, prompts.shape[1])
+        return list(self._scores(asked).split(lengths))
+
+    def _log_probs(self, logits: torch.Tensor, asked: "AskedPictures") -> torch.Tensor:
+        """The log-probability (R,) of each answer."""
+        answer = asked.ids[:, asked.start :]
+        log_probs = logits[:, asked.start - 1 : -1].float().log_softmax(-1)
+        return (log_probs.gather(-1, answer.unsqueeze(-1)).squeeze(-1) * self._is_said(answer)).sum(1)
 
     def _is_said(self, answer: torch.Tensor) -> torch.Tensor:
         """Where an answer (R, A) has a token: up to its first end, included."""
         ends = self.model.generation_config.eos_token_id
         ended = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device)).int()
         return (ended.cumsum(1) - ended) == 0
+
+
+@dataclass
+class AskedPictures:
+    """Some pictures, with what was asked and answered of each.
+
+    Args:
+        forward (`Callable`): the model's outputs for the ids, given features of the pictures and of their deepstack
+            layers.
+        features (`torch.Tensor` of shape `(N of all, D)`): of the pictures.
+        layers (`list[torch.Tensor]`): the same of each deepstack layer, where a backbone has any.
+        lengths (`list[int]`): N of each picture.
+        ids (`torch.LongTensor` of shape `(R, T)`): questions and answers.
+        start (`int`): the column at which answers start.
+    """
+
+    forward: Callable
+    features: torch.Tensor
+    layers: list[torch.Tensor]
+    lengths: list[int]
+    ids: torch.Tensor
+    start: int
 
 
 class AnswerGradient(AnswerRelevance):
@@ -137,15 +162,52 @@ class AnswerGradient(AnswerRelevance):
     def _at_once(self, columns: int) -> int:
         return max(1, TOKENS_AT_ONCE // columns)
 
-    def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
+    def _scores(self, asked: AskedPictures) -> torch.Tensor:
         with torch.enable_grad():
-            outputs = forward(features.requires_grad_(), output_hidden_states=True)
-            logits, answer = outputs.logits[:, start - 1 : -1].float(), ids[:, start:]
-            log_probs = logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)  # (R, A)
+            outputs = asked.forward(asked.features.requires_grad_(), asked.layers, output_hidden_states=True)
             states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
-            gradients = torch.autograd.grad((log_probs * self._is_said(answer)).sum(), states)
+            gradients = torch.autograd.grad(self._log_probs(outputs.logits, asked).sum(), states)
         norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
-        return norms[ids == self.model.config.image_token_id]
+        return norms[asked.ids == self.model.config.image_token_id]
+
+
+class AnswerOcclusion(AnswerGradient):
+    """How much of its log-probability the answer loses when the patch is hidden, in units of `DECISIVE_LOSS`, plus the
+    patch's share of the picture's [`AnswerGradient`]. See [`AnswerRelevance`].
+
+    A patch is hidden behind the mean of the picture's other ones (occlusion, arXiv 1311.2901), features of the input
+    and of deepstack layers alike. Each of the two misses what the other finds (ours): the gradient of an answer that
+    is certain is all but zero everywhere, and hiding changes nothing where the answer is the one that the model gives
+    by default.
+
+    It takes a forward for each hidden patch: all of small pictures, of large ones the `HIDDEN_PATCHES` with the
+    largest gradient.
+    """
+
+    def _scores(self, asked: AskedPictures) -> torch.Tensor:
+        gradients = super()._scores(asked).split(asked.lengths)
+        scores = [own / own.sum().clamp(min=torch.finfo(own.dtype).tiny) for own in gradients]
+        order = [own.argsort(descending=True).tolist() for own in scores]
+        features, ends = asked.features.detach(), torch.tensor(asked.lengths).cumsum(0).tolist()
+        with torch.no_grad():
+            whole = self._log_probs(asked.forward(features, asked.layers).logits, asked)
+            for rank in range(min(max(asked.lengths), HIDDEN_PATCHES)):
+                hidden = {i: patches[rank] for i, patches in enumerate(order) if 1 < len(patches) > rank}
+                places = {i: slice(ends[i] - asked.lengths[i], ends[i]) for i in hidden}
+                without = [_hide(values, places, hidden) for values in (features, *asked.layers)]
+                lost = whole - self._log_probs(asked.forward(without[0], without[1:]).logits, asked)
+                for i, patch in hidden.items():
+                    scores[i][patch] += lost[i].clamp(min=0) / DECISIVE_LOSS
+        return torch.cat(scores)
+
+
+def _hide(values: torch.Tensor, places: dict[int, slice], hidden: dict[int, int]) -> torch.Tensor:
+    """Values (N of all, D) of pictures that lie at `places`, each with one patch behind the mean of its others."""
+    changed = values.clone()
+    for i, place in places.items():
+        own = values[place]
+        changed[place.start + hidden[i]] = (own.sum(0) - own[hidden[i]]) / (len(own) - 1)
+    return changed
 
 
 class AnswerAttention(AnswerRelevance):
@@ -169,11 +231,12 @@ class AnswerAttention(AnswerRelevance):
         return max(1, WEIGHTS_AT_ONCE // columns**2)
 
     @torch.no_grad()
-    def _scores(self, forward: Callable, features: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
-        layers = forward(features, output_attentions=True).attentions  # (R, heads, T, T) each
-        says = [layer[:, :, start - 1 : -1].float().mean(1) for layer in layers]  # (R, A, T): column t says t + 1
-        paid = masked_mean(torch.stack(says).mean(0), self._is_said(ids[:, start:]))  # (R, T)
-        return paid[ids == self.model.config.image_token_id]
+    def _scores(self, asked: AskedPictures) -> torch.Tensor:
+        outputs = asked.forward(asked.features, asked.layers, output_attentions=True)
+        layers = outputs.attentions  # (R, heads, T, T) each
+        says = [layer[:, :, asked.start - 1 : -1].float().mean(1) for layer in layers]  # (R, A, T): t says t + 1
+        paid = masked_mean(torch.stack(says).mean(0), self._is_said(asked.ids[:, asked.start :]))  # (R, T)
+        return paid[asked.ids == self.model.config.image_token_id]
 
 
-RELEVANCES = {"answer_gradient": AnswerGradient, "attention": AnswerAttention}
+RELEVANCES = {"answer_gradient": AnswerGradient, "answer_occlusion": AnswerOcclusion, "attention": AnswerAttention}

@@ -397,6 +397,7 @@ class Selector(NamedTuple):
 SELECTORS = {
     "query_top_p": Selector(select_by_query, reads_teacher=True),
     "answer_gradient": Selector(select_by_relevance, asks_teacher=True),
+    "answer_occlusion": Selector(select_by_relevance, asks_teacher=True),
     "attention": Selector(select_by_relevance, asks_teacher=True),
     "change": Selector(select_change),
     "mean_pool": Selector(select_mean_pool, keeps_candidates=False),

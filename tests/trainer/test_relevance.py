@@ -5,8 +5,8 @@ import torch
 from helpers import make_dataset, make_sample, make_trainer
 
 from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
-from ilvr.trainer.inputs.image_features import image_outputs
-from ilvr.trainer.relevance import AnswerAttention, AnswerGradient
+from ilvr.trainer.inputs.image_features import image_outputs, without_pixels
+from ilvr.trainer.relevance import AnswerAttention, AnswerGradient, AnswerOcclusion
 
 
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -109,6 +109,55 @@ def test_relevance_is_the_attention_of_the_answer(asked, processor):
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-6)
 
 
+def losses_by_hiding(model, inputs, features, max_new_tokens):
+    """What the model's answer loses of its log-probability (N,), with one row of `features` after the other, which are
+    tensors (N, D) that the forward reads, in the place of the mean of the others."""
+    no_spans = {"suppress_tokens": [model.config.latent_start_token_id]}
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, **no_spans)
+    answer = answer[:, inputs["input_ids"].shape[1] :]
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], dim=1)}
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in whole:
+            whole[name] = torch.cat([whole[name], torch.full_like(answer, name == "attention_mask")], dim=1)
+
+    def log_prob():
+        logits = model(**whole, use_cache=False).logits[:, -len(answer[0]) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).sum()
+
+    said, lost = log_prob(), []
+    for patch in range(len(features[0])):
+        kept = [values[patch].clone() for values in features]
+        for values in features:
+            values[patch] = values[torch.arange(len(values)) != patch].mean(0)
+        lost.append(said - log_prob())
+        for values, own in zip(features, kept):
+            values[patch] = own
+    return torch.stack(lost)
+
+
+@torch.no_grad()
+def test_relevance_is_what_the_answer_loses_when_a_patch_is_hidden(asked, processor):
+    """Two pictures at once, a padded question; deepstack features are hidden, too; plus shares of the gradient."""
+    model, inputs = asked
+    core = model.model.core
+    outputs = image_outputs(inputs, core)
+    gradients = AnswerGradient(model, 3)(inputs, outputs)
+    relevances = AnswerOcclusion(model, 3)(inputs, outputs)
+    for image, question, own, found in zip(SAMPLE["images"][1:], QUESTIONS, gradients, relevances):
+        alone = ask_about(model, processor, image, question)
+        alone = {k: v.double() if v.is_floating_point() else v for k, v in alone.items()}
+        encoded = image_outputs({k: v for k, v in alone.items() if k.startswith(("pixel", "image"))}, core)
+        features = encoded.pooler_output
+        features = [features.flatten(0, -2)] if isinstance(features, torch.Tensor) else [features[0]]
+        for layer in getattr(encoded, "deepstack_features", None) or ():
+            features.append(layer if isinstance(layer, torch.Tensor) else layer[0])
+        alone = {**without_pixels(alone), "mm_encoder_outputs": {"image": encoded}}
+        lost = losses_by_hiding(model, alone, features, 3)
+        expected = lost.clamp(min=0) / 0.01 + own / own.sum()
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-3, atol=1e-4)
+        assert lost.max() > 1e-3
+
+
 def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
     """Answers of different lengths in a batch: each picture as alone, and what comes after the end has no say."""
     model, inputs = asked
@@ -131,7 +180,7 @@ def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
     assert not torch.allclose(cut[0], whole[0], rtol=1e-2)
 
 
-@pytest.mark.parametrize("relevance", [AnswerGradient, AnswerAttention])
+@pytest.mark.parametrize("relevance", [AnswerGradient, AnswerOcclusion, AnswerAttention])
 def test_many_pictures_are_taken_a_few_at_a_time(asked, monkeypatch, relevance):
     model, inputs = asked
     model, inputs = eagerly(model, inputs)
