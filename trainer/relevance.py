@@ -21,8 +21,9 @@ from .teacher import MomentumTeacher
 
 TOKENS_AT_ONCE = 16384  # columns of a forward with gradient: what fits beside a training step
 WEIGHTS_AT_ONCE = 2**20  # pairs of columns of a forward that keeps the attention of all layers
-HIDDEN_PATCHES = 64  # of a picture are hidden, one after the other: those with the largest gradient
-DECISIVE_LOSS = 0.01  # nats, from which hiding a patch says more than all gradients
+HIDDEN_PATCHES = 64  # of a picture are hidden at most, one after the other
+TOLD_LOSS = 0.01  # nats, from which hiding a patch says more than all gradients
+LARGE_LOSS = 0.5  # nats, which need no further search
 
 
 def speaking_teacher(student: Any, teacher: MomentumTeacher) -> ILVRForConditionalGeneration:
@@ -89,15 +90,18 @@ class AnswerRelevance(ABC):
         config, prompts = self.model.config, tensors["prompt_ids"]
         own = {k: v for k, v in tensors.items() if k in ("image_grid_thw", "image_sizes")}
 
-        def inputs(ids: torch.Tensor, pictures: torch.Tensor, layers: list[torch.Tensor]) -> dict[str, Any]:
+        def inputs(
+            ids: torch.Tensor, pictures: torch.Tensor, layers: list[torch.Tensor], rows: Any = slice(None)
+        ) -> dict[str, Any]:
+            ids = ids[rows]
             answered = torch.ones_like(ids[:, prompts.shape[1] :])
             encoded = ImageFeatures([pictures], [[layer] for layer in layers])
             return {
                 "input_ids": ids,
-                "attention_mask": torch.cat([tensors["prompt_mask"], answered], dim=1),
+                "attention_mask": torch.cat([tensors["prompt_mask"][rows], answered], dim=1),
                 **{name: (ids == config.image_token_id).int() for name in self.type_inputs},
                 "mm_encoder_outputs": {"image": encoded},
-                **own,
+                **{name: tensor[rows] for name, tensor in own.items()},
             }
 
         flat, flat_layers = torch.cat(features).detach(), [torch.cat(layer) for layer in layers]
@@ -109,17 +113,16 @@ class AnswerRelevance(ABC):
                 suppress_tokens=[config.latent_start_token_id],
             )
 
-        def forward(pictures: torch.Tensor, layers: list[torch.Tensor], **options: Any) -> Any:
-            return self.model(**inputs(ids, pictures, layers), use_cache=False, **options)
+        def forward(pictures: torch.Tensor, layers: list[torch.Tensor], *rows: Any, **options: Any) -> Any:
+            return self.model(**inputs(ids, pictures, layers, *rows), use_cache=False, **options)
 
         lengths = [len(picture) for picture in features]
         asked = AskedPictures(forward, flat, flat_layers, lengths, ids, prompts.shape[1])
         return list(self._scores(asked).split(lengths))
 
-    def _log_probs(self, logits: torch.Tensor, asked: "AskedPictures") -> torch.Tensor:
-        """The log-probability (R,) of each answer."""
-        answer = asked.ids[:, asked.start :]
-        log_probs = logits[:, asked.start - 1 : -1].float().log_softmax(-1)
+    def _log_probs(self, logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """The log-probability (R,) of each answer (R, A), which the logits (R, T, V) end with."""
+        log_probs = logits[:, -answer.shape[1] - 1 : -1].float().log_softmax(-1)
         return (log_probs.gather(-1, answer.unsqueeze(-1)).squeeze(-1) * self._is_said(answer)).sum(1)
 
     def _is_said(self, answer: torch.Tensor) -> torch.Tensor:
@@ -135,7 +138,7 @@ class AskedPictures:
 
     Args:
         forward (`Callable`): the model's outputs for the ids, given features of the pictures and of their deepstack
-            layers.
+            layers; of some rows, if their numbers are given too.
         features (`torch.Tensor` of shape `(N of all, D)`): of the pictures.
         layers (`list[torch.Tensor]`): the same of each deepstack layer, where a backbone has any.
         lengths (`list[int]`): N of each picture.
@@ -166,13 +169,14 @@ class AnswerGradient(AnswerRelevance):
         with torch.enable_grad():
             outputs = asked.forward(asked.features.requires_grad_(), asked.layers, output_hidden_states=True)
             states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
-            gradients = torch.autograd.grad(self._log_probs(outputs.logits, asked).sum(), states)
+            said = self._log_probs(outputs.logits, asked.ids[:, asked.start :])
+            gradients = torch.autograd.grad(said.sum(), states)
         norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
         return norms[asked.ids == self.model.config.image_token_id]
 
 
 class AnswerOcclusion(AnswerGradient):
-    """How much of its log-probability the answer loses when the patch is hidden, in units of `DECISIVE_LOSS`, plus the
+    """How much of its log-probability the answer loses when the patch is hidden, in units of `TOLD_LOSS`, plus the
     patch's share of the picture's [`AnswerGradient`]. See [`AnswerRelevance`].
 
     A patch is hidden behind the mean of the picture's other ones (occlusion, arXiv 1311.2901), features of the input
@@ -180,34 +184,38 @@ class AnswerOcclusion(AnswerGradient):
     is certain is all but zero everywhere, and hiding changes nothing where the answer is the one that the model gives
     by default.
 
-    It takes a forward for each hidden patch: all of small pictures, of large ones the `HIDDEN_PATCHES` with the
-    largest gradient.
+    Each hidden patch costs a forward. Those with the largest gradient come first, and the search in a picture is over
+    when as many as a span has latents have lost `LARGE_LOSS`, or `HIDDEN_PATCHES` are hidden.
     """
 
     def _scores(self, asked: AskedPictures) -> torch.Tensor:
         gradients = super()._scores(asked).split(asked.lengths)
         scores = [own / own.sum().clamp(min=torch.finfo(own.dtype).tiny) for own in gradients]
         order = [own.argsort(descending=True).tolist() for own in scores]
-        features, ends = asked.features.detach(), torch.tensor(asked.lengths).cumsum(0).tolist()
+        values = [asked.features.detach(), *asked.layers]
+        pictures = [values_of.split(asked.lengths) for values_of in values]
+        answers, found, wanted = asked.ids[:, asked.start :], [0] * len(order), self.model.config.latent_size
         with torch.no_grad():
-            whole = self._log_probs(asked.forward(features, asked.layers).logits, asked)
-            for rank in range(min(max(asked.lengths), HIDDEN_PATCHES)):
-                hidden = {i: patches[rank] for i, patches in enumerate(order) if 1 < len(patches) > rank}
-                places = {i: slice(ends[i] - asked.lengths[i], ends[i]) for i in hidden}
-                without = [_hide(values, places, hidden) for values in (features, *asked.layers)]
-                lost = whole - self._log_probs(asked.forward(without[0], without[1:]).logits, asked)
-                for i, patch in hidden.items():
-                    scores[i][patch] += lost[i].clamp(min=0) / DECISIVE_LOSS
+            whole = self._log_probs(asked.forward(values[0], values[1:]).logits, answers)
+            for rank in range(HIDDEN_PATCHES):
+                rows = [i for i, own in enumerate(order) if 1 < len(own) > rank and found[i] < wanted]
+                if not rows:
+                    break
+                hidden = [order[i][rank] for i in rows]
+                without = [torch.cat([_hide(own[i], j) for i, j in zip(rows, hidden)]) for own in pictures]
+                logits = asked.forward(without[0], without[1:], rows).logits
+                lost = whole[rows] - self._log_probs(logits, answers[rows])
+                for i, j, loss in zip(rows, hidden, lost.clamp(min=0).tolist()):
+                    scores[i][j] += loss / TOLD_LOSS
+                    found[i] += loss >= LARGE_LOSS
         return torch.cat(scores)
 
 
-def _hide(values: torch.Tensor, places: dict[int, slice], hidden: dict[int, int]) -> torch.Tensor:
-    """Values (N of all, D) of pictures that lie at `places`, each with one patch behind the mean of its others."""
-    changed = values.clone()
-    for i, place in places.items():
-        own = values[place]
-        changed[place.start + hidden[i]] = (own.sum(0) - own[hidden[i]]) / (len(own) - 1)
-    return changed
+def _hide(picture: torch.Tensor, patch: int) -> torch.Tensor:
+    """A picture (N, D) with one patch behind the mean of the others."""
+    hidden = picture.clone()
+    hidden[patch] = (picture.sum(0) - picture[patch]) / (len(picture) - 1)
+    return hidden
 
 
 class AnswerAttention(AnswerRelevance):

@@ -158,6 +158,24 @@ def test_relevance_is_what_the_answer_loses_when_a_patch_is_hidden(asked, proces
         assert lost.max() > 1e-3
 
 
+@pytest.mark.parametrize(("bound", "latent_size", "hidden"), [(-1, 1, 1), (-1, 3, 3), (1e9, 3, None)])
+def test_the_search_is_over_when_a_span_is_full(asked, monkeypatch, bound, latent_size, hidden):
+    """Patches that lose enough, as many as a span has latents; else all patches are hidden."""
+    model, inputs = asked
+    outputs, rows, log_probs = image_outputs(inputs, model.model.core), [], AnswerOcclusion._log_probs
+    gradients, whole = (kind(model, 3)(inputs, outputs) for kind in (AnswerGradient, AnswerOcclusion))
+    monkeypatch.setattr("ilvr.trainer.relevance.LARGE_LOSS", bound)
+    monkeypatch.setattr(model.config, "latent_size", latent_size)
+    monkeypatch.setattr(AnswerOcclusion, "_log_probs", lambda *a: rows.append(len(a[2])) or log_probs(*a))
+    found = AnswerOcclusion(model, 3)(inputs, outputs)
+    hidden = hidden or len(found[0])
+    assert rows == [2, 2] + [2] * hidden  # the gradient's, that of whole pictures, and of hidden patches
+    for own, norms, all_patches in zip(found, gradients, whole):
+        first = norms.argsort(descending=True)[:hidden]
+        expected = (norms / norms.sum()).index_copy(0, first, all_patches[first])
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_an_answer_counts_up_to_its_end(asked, monkeypatch):
     """Answers of different lengths in a batch: each picture as alone, and what comes after the end has no say."""
     model, inputs = asked
