@@ -21,7 +21,10 @@ TINY = {
     "backbone": {**SHIFTS["backbone"], "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32},
     "training": {**SHIFTS["training"], "per_device_train_batch_size": 2, "disable_tqdm": True, "logging_steps": 1},
     "arms": {
-        name: {**SHIFTS["arms"][name], "settings": {**SHIFTS["arms"][name]["settings"], "max_steps": 1}}
+        name: {
+            **SHIFTS["arms"][name],
+            "settings": {**SHIFTS["arms"][name]["settings"], "max_steps": 1, "logging_steps": 1},
+        }
         for name in KEPT
     },
     "max_new_tokens": 12,
