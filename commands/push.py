@@ -70,6 +70,8 @@ def run(options: Namespace) -> int:
     for name in files.chosen:
         content = readme_for(folder, options.repo_id).encode() if name == "README.md" else folder / name
         operations.append(CommitOperationAdd(name, content))
+    for name, text in ILVRModelCard.load(folder).eval_results().items():
+        operations.append(CommitOperationAdd(name, text.encode()))
     sizes = {operation.path_in_repo: operation.upload_info.size for operation in operations}
     where = {"repo_id": options.repo_id, "revision": options.revision or "main", "private": options.private}
     url = None if options.dry_run else upload(operations, options)

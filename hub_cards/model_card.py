@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2  # by which huggingface_hub reads the Hub
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    model_info,
+)
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -143,6 +151,24 @@ class ILVRModelCard:
             rights = rights or license_of(self.base_model)
             return {**rights, "base_model_relation": "adapter" if self.is_adapter else "finetune"}
         return rights
+
+    def eval_results(self) -> dict[str, str]:
+        """Files `.eval_results/*.yaml` by path: the results on data sets of the Hub, for their leaderboards.
+
+        One file a data set; its task there is a result's `dataset_config`, or `default`.
+        """
+        files: dict[str, list[EvalResultEntry]] = {}
+        for result in self.results or []:
+            if result.dataset_id is not None:
+                name = f".eval_results/{result.dataset_id.replace('/', '_')}.yaml"
+                task = result.dataset_config or "default"
+                notes = f"{result.task}, {result.metric}, n = {result.count}"
+                entry = EvalResultEntry(result.dataset_id, task, round(result.value, 4), notes=notes)
+                files.setdefault(name, []).append(entry)
+        return {
+            name: yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+            for name, entries in files.items()
+        }
 
     def save(self, folder: str | Path) -> None:
         """Writes the card as `README.md` into a folder, and what it says as `card.json`."""

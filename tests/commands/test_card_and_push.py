@@ -54,7 +54,25 @@ def test_a_card_of_a_checkpoint_whose_card_was_not_saved(folder, tmp_path, capsy
     assert main(["card", str(folder)]) == 2 and "is not what a card says" in capsys.readouterr().err
 
 
+def test_results_on_data_of_the_hub_go_to_its_leaderboards(folder, capsys):
+    card = ILVRModelCard.load(folder)
+    card.results += [
+        Result("CoMT", "accuracy", 0.51234, 200, dataset_id="czh-up/CoMT", dataset_config=name)
+        for name in (None, "deletion")
+    ]
+    card.save(folder)
+    (name,), (text,) = zip(*card.eval_results().items())
+    assert name == ".eval_results/czh-up_CoMT.yaml"
+    found = [(row["dataset"], row["value"], row["notes"]) for row in yaml.safe_load(text)]
+    notes = "CoMT, accuracy, n = 200"
+    tasks = ("default", "deletion")
+    assert found == [({"id": "czh-up/CoMT", "task_id": task}, 0.5123, notes) for task in tasks]
+    assert main(["push", str(folder), "user/tiny", "--dry_run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][name] == len(text)
+
+
 def test_a_dry_run_says_what_goes_and_what_stays(folder, capsys):
+    (folder / "training_args.bin").write_bytes(b"what another trainer leaves")
     assert main(["push", str(folder), "user/tiny", "--dry_run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"model.safetensors", "config.json", "README.md", CARD_DATA, "modeling_ilvr.py"} <= set(found["files"])

@@ -224,6 +224,7 @@ trainer.push_to_hub()
         run_clean(script, url, tmp_path / "home")
     files = server.repos["user/pushed"]
     assert {"model.safetensors", "modeling_ilvr.py", "processor_config.json", "README.md"} <= files.keys()
+    assert not any(name.endswith(".bin") for name in files)
     assert b'"user/pushed", trust_remote_code=True' in files["README.md"]
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ilvr.hub_cards import ILVRModelCard
@@ -303,6 +304,8 @@ class DurableTrainer(_Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
+            if folder == self.args.output_dir:  # what `push_to_hub` uploads: a pickle runs code when it is read
+                Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if is_peft_model(self.accelerator.unwrap_model(self.model)):
                 self.student.config.save_pretrained(folder)  # an adapter does not say how many latents a span has
             self.model_card().save(folder)
