@@ -160,6 +160,18 @@ def _audit(parser: Parser) -> None:
     parser.add("--pictured", type=int, default=3, help="samples pictured for each model")
 
 
+def _demo(parser: Parser) -> None:
+    parser.add("model", help="folder or Hub id of an ILVR checkpoint")
+    parser.add("--task", help="task of ilvr.tasks, or package.module:Class, to choose examples from")
+    parser.add("--task_settings", default="{}", help="settings of the task, as JSON")
+    parser.add("--examples", type=int, default=24, help="test questions to choose from, evenly spread")
+    parser.add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
+    parser.add("--port", type=int, default=7860, help="port to listen at")
+    parser.add("--share", action="store_true", help="also give the page a public address, by Gradio's servers")
+    _add_model_options(parser)
+
+
 def _check_data(parser: Parser) -> None:
     parser.add("path", help=".jsonl or .json file, folder or Hub id")
     _add_source(parser, "train")
@@ -217,6 +229,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         "say whether models use their latents, and what these hold: numbers, a verdict, a page",
         "example:\n  ilvr audit runs/ilvr/stage1 runs/ilvr/stage2 --dataset test.jsonl --output runs/audit",
         _audit,
+    ),
+    "demo": (
+        "a page in the browser: ask, look into each span of latents, replace it, compare the answers",
+        'example:\n  ilvr demo runs/ilvr/stage2 --task shifts --task_settings \'{"boards": 1, "test_boards": 24}\'',
+        _demo,
     ),
     "check-data": (
         "report what is in a data set and what is wrong with it; loads no model",

@@ -3,56 +3,18 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from ilvr import ILVRProcessor
 from ilvr.data.conversations import last_boxed
 from ilvr.data.images import open_image
 from ilvr.evaluation import answer_batch, draw_answers
 from ilvr.evaluation.auditing import load_checkpoint
-
-
-class TraceStreamer(TextStreamer):
-    """Gives words as they come and, for each span of latents, a chip such as `[latent 1]`.
-
-    Args:
-        processor ([`ILVRProcessor`]): of the model that generates, for one prompt.
-        show (`Callable[[str], None]`): takes each piece of text.
-    """
-
-    def __init__(self, processor: ILVRProcessor, show: Callable[[str], None]) -> None:
-        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.latent_ids, self.show = processor.latent_token_ids, show
-        self.trace, self.spans = "", 0
-
-    def put(self, value: torch.Tensor) -> None:
-        token = value.flatten()[-1].item()
-        if self.next_tokens_are_prompt or token not in self.latent_ids:
-            super().put(value)
-        elif token == self.latent_ids[0]:
-            self.end()  # the words before the span
-            self.next_tokens_are_prompt = False
-            self.spans += 1
-            self._write(f"[latent {self.spans}]")
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._write(text)
-
-    def _write(self, text: str) -> None:
-        # Around a chip there is a space, wherever the tokenizer puts those of words.
-        beside_chip = text.startswith("[latent ") or self.trace.endswith(f"[latent {self.spans}]")
-        if beside_chip and self.trace and not self.trace[-1].isspace() and not text[0].isspace():
-            text = f" {text}"
-        text = text if self.trace else text.lstrip()
-        self.trace += text
-        self.show(text)
+from ilvr.evaluation.streaming import TraceStreamer
 
 
 def run(options: Namespace) -> int:

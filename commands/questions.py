@@ -28,13 +28,14 @@ def questions_of(options: Namespace) -> Questions:
             samples=options.samples,
             **sources,
         )
-    task = _load_task(options)
+    task = task_of(options)
     if options.metric is not None and options.metric != task.metric:
         raise ValueError(f"--metric: the task {options.task} has its own, {task.metric}. Leave the option out.")
     return Questions.of_task(task, form=options.form, samples=options.samples)
 
 
-def _load_task(options: Namespace) -> Task:
+def task_of(options: Namespace) -> Task:
+    """The task that is named, with its settings."""
     try:
         settings = json.loads(options.task_settings)
     except ValueError as error:

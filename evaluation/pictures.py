@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def draw_answers(
     model: ILVRForConditionalGeneration,
     processor: ILVRProcessor,
     rows: Sequence[tuple[dict[str, Any], str, torch.Tensor]],
-    path: str | Path,
+    path: str | Path | IO[bytes],
     *,
     draw: Draw | None = None,
     is_right: Callable[[dict[str, Any], str], bool] | None = None,
@@ -108,7 +108,7 @@ def draw_answers(
     Args:
         model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
         rows (`Sequence[tuple]`): samples, each with an answer and its latents (spans, K, D).
-        path (`str` or `Path`): of the PNG.
+        path (`str`, `Path` or binary file): of the PNG.
         draw (`Callable`, *optional*): for a sample and an answer, caption and picture of what each span is about, such
             as [`~ilvr.tasks.Task.draw`]; the question's first image, where there is none.
         is_right (`Callable`, *optional*): whether an answer to a sample is right, which is marked.
@@ -124,7 +124,7 @@ def draw_answers(
     for axis in axes.flat:
         axis.axis("off")
     for line, (sample, answer, latents) in zip(axes, rows):
-        question = _first_image(sample)
+        question = first_image(sample)
         line[0].imshow(question)
         mark = "" if is_right is None else "  right" if is_right(sample, answer) else "  wrong"
         box = last_boxed(answer)
@@ -172,7 +172,12 @@ def draw_curves(
     figure.savefig(path, dpi=110)
 
 
-def _first_image(sample: dict[str, Any]) -> Image.Image:
+def first_image(sample: dict[str, Any]) -> Image.Image:
+    """The first image that a question shows.
+
+    Raises:
+        ValueError: if it shows none.
+    """
     parts = [part for message in prompt_of(sample) for part in message["content"]]
     image = next((part["image"] for part in parts if part["type"] == "image"), None)
     if image is None:

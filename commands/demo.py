@@ -1,0 +1,28 @@
+"""`ilvr demo MODEL`: a page on which one span of latents can be looked into, and replaced."""
+
+import os
+import sys
+from argparse import Namespace
+
+from ilvr.evaluation import Questions
+from ilvr.evaluation.auditing import load_checkpoint
+
+from .questions import model_kwargs, task_of
+
+
+def run(options: Namespace) -> int:
+    """Serves the page until it is interrupted."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        from .demo_page import Demo, serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError("The page needs gradio. Install the extra `demo`: pip install 'ilvr[demo]'.") from error
+    questions = Questions.of_task(task_of(options), samples=options.examples) if options.task else None
+    model, processor = load_checkpoint(options.model, **model_kwargs(options))
+    demo = Demo(model, processor, questions, max_new_tokens=options.max_new_tokens)
+    page, url = serve(demo, host=options.host, port=options.port, share=options.share)
+    print(f"{url} shows the page; Ctrl-C ends it.", file=sys.stderr)
+    page.block_thread()
+    return 0
