@@ -7,6 +7,7 @@ from argparse import Namespace
 from ilvr.evaluation import Questions
 from ilvr.evaluation.auditing import load_checkpoint
 
+from .demo_asking import Demo
 from .questions import model_kwargs, task_of
 
 
@@ -14,7 +15,7 @@ def run(options: Namespace) -> int:
     """Serves the page until it is interrupted."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        from .demo_page import Demo, serve
+        from .demo_page import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

@@ -1,13 +1,13 @@
 """One span of one answer, with something else in its place: what the rest of the answer becomes.
 
-[Controls](controls.py) replace all spans of many answers, to count; this replaces one span, to look at.
+Controls replace all spans of many answers, to count; this replaces one span, to look at.
 
 K latents a span, D hidden.
 """
 
 import difflib
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,7 @@ from .streaming import CHIP
 WORD = re.compile(rf"{CHIP.pattern}|\S+")
 
 
-@dataclass(frozen=True)
-class Replacement:
+class Replacement(NamedTuple):
     """What one span gets.
 
     Args:
@@ -32,17 +31,17 @@ class Replacement:
     latents: torch.Tensor | None
 
 
-def replacements(own: torch.Tensor, donor: torch.Tensor, donor_label: str) -> list[Replacement]:
+def replacements(own: torch.Tensor, donor: torch.Tensor | None, donor_label: str) -> list[Replacement]:
     """What a span is replaced with: another span, noise in two draws, zeros; and nothing, which must change nothing.
 
     Args:
         own (`torch.Tensor` of shape `(K, D)`): the span as it was generated.
-        donor (`torch.Tensor` of shape `(K, D)`): a span of another answer.
+        donor (`torch.Tensor` of shape `(K, D)`, *optional*): a span of another answer.
         donor_label (`str`): says where that is from.
     """
     return [
         Replacement("its own again", None),
-        Replacement(donor_label, donor),
+        *([] if donor is None else [Replacement(donor_label, donor)]),
         Replacement("noise of its norm", noise_like(own, seed=0)),
         Replacement("noise, another draw", noise_like(own, seed=1)),
         Replacement("zeros", torch.zeros_like(own)),
