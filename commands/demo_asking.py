@@ -98,8 +98,10 @@ class Demo:
         try:
             sample, example = self._sample(subject, question)
             for trace in stream_answer(self.model, self.processor, sample, **self.settings):
-                yield trace_html(trace), None, ""
-            yield trace_html(trace, self._mark(trace, example)), Asked(sample, trace, example), ""
+                if trace.answer is None:
+                    yield trace_html(trace), None, ""
+                else:
+                    yield trace_html(trace, self._mark(trace, example)), Asked(sample, trace, example), ""
         except ValueError as error:
             yield alert(error), None, ""
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from urllib.request import Request, urlopen
 
 from websockets.sync.client import connect
@@ -28,13 +29,16 @@ class Browser:
         self.requests, self.complaints = [], []
 
     def __enter__(self):
-        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        command = [CHROMIUM, *SWITCHES, f"--user-data-dir={self.folder.name}", "about:blank"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        line = next(line for line in self.process.stderr if line.startswith("DevTools listening on "))
-        address = line.split("/")[2]
-        with urlopen(Request(f"http://{address}/json/new", method="PUT")) as answer:
-            self.socket = connect(json.load(answer)["webSocketDebuggerUrl"], max_size=None)
+        with ExitStack() as opened:
+            folder = opened.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            command = [CHROMIUM, *SWITCHES, f"--user-data-dir={folder}", "about:blank"]
+            process = opened.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+            opened.callback(process.terminate)
+            line = next(line for line in process.stderr if line.startswith("DevTools listening on "))
+            with urlopen(Request(f"http://{line.split('/')[2]}/json/new", method="PUT")) as answer:
+                address = json.load(answer)["webSocketDebuggerUrl"]
+            self.socket = opened.enter_context(connect(address, max_size=None))
+            self.opened = opened.pop_all()
         self.number = 0
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             self.call(f"{domain}.enable")
@@ -42,10 +46,7 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait()
-        self.folder.cleanup()
+        self.opened.close()
 
     def call(self, method, **params):
         """Calls a method of the protocol, and notes the events that come before its result."""
