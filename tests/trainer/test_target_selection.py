@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from helpers import SAMPLES, encode, generate, make_dataset, make_sample, make_trainer, perturb
+from helpers import SAMPLES, WORDS, encode, generate, make_dataset, make_sample, make_trainer, perturb
 
 from ilvr import ILVRForConditionalGeneration
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
@@ -16,6 +16,7 @@ from ilvr.trainer.watching.selection_drawing import compare_latents
 
 
 ASKED = {"helper_question": "Up Left Down", "max_helper_answer_tokens": 2}
+LARGE = [make_sample([WORDS[(i + j) % 4] for j in range(2 + i % 3)], f"Plan {i}", size=64) for i in range(4)]
 
 
 def follow(samples, patches=(3, 1, 0)) -> list[dict]:
@@ -23,18 +24,18 @@ def follow(samples, patches=(3, 1, 0)) -> list[dict]:
     return [{**s, "metadata": json.dumps({"followed": list(patches)[: len(s["images"]) - 1]})} for s in samples]
 
 
-def selected(model, processor, folder, method):
+def selected(model, processor, folder, method, samples=SAMPLES):
     torch.manual_seed(0)
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")  # which "attention" needs
-    trainer = make_trainer(model, processor, folder, follow(SAMPLES), selection_method=method, **ASKED)
+    trainer = make_trainer(model, processor, folder, follow(samples), selection_method=method, **ASKED)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     return compare_latents(trainer, batch)[0]
 
 
 def test_each_method_selects_targets_of_its_own(model, processor, tmp_path):
-    """K = 3 of 4 candidates: the baselines always take three."""
-    found = {method: selected(model, processor, tmp_path, method) for method in SELECTORS}
+    """K = 3 of 16 candidates: the baselines always take three."""
+    found = {method: selected(model, processor, tmp_path, method, LARGE) for method in SELECTORS}
     for method, selection in found.items():
         for other in found:
             assert method == other or not selection.targets.equal(found[other].targets), (method, other)
