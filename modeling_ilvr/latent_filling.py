@@ -1,5 +1,5 @@
-"""Three ways to fill latent spans in forward passes over whole sequences: with given latents, by a walk that computes
-them one after the other, or all at once by Jacobi iteration.
+"""Four ways to fill latent spans in forward passes over whole sequences: with given latents, by a walk that computes
+them one after the other, all at once by Jacobi iteration, or as the fixed point of one forward.
 
 Each returns the backbone's outputs for all columns, and the fields `predicted_latents` and `latent_inputs`, each
 (B, S, K, D), of the model's output.
@@ -7,8 +7,8 @@ Each returns the backbone's outputs for all columns, and the fields `predicted_l
 B batch, T sequence, S spans, K latents a span, D hidden.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,16 +122,16 @@ class ChunkGradients:
 
 @dataclass
 class ChunkForward:
-    """Runs the backbone `core` on a chunk of `sequences`, with `gradients` kept as a chunk's are."""
+    """Runs the backbone `core` on a chunk of `sequences`, with `gradients`, if there are, kept as a chunk's are."""
 
     core: PreTrainedModel
     sequences: Sequences
-    gradients: ChunkGradients
+    gradients: ChunkGradients | None = None
 
     def __call__(self, start: int, embeds: torch.Tensor, cache: Cache | None, use_cache: bool = False) -> Any:
         """Outputs for the columns from `start` on that `embeds` (B, columns, D) holds."""
         inputs = {**self.sequences.inputs(start, embeds, cache), "use_cache": use_cache}
-        with self.gradients.of_chunk(embeds.shape[1]):
+        with self.gradients.of_chunk(embeds.shape[1]) if self.gradients else nullcontext():
             return self.core(**inputs)
 
 
@@ -211,6 +211,82 @@ def idle_forwards(forward: ChunkForward, count: int, latent_head: nn.Module, fee
     return total
 
 
+# ------------------------------------------------------------------------------------------------------- all at once
+
+
+@dataclass
+class LatentTail:
+    """The columns from the first latent on, which may be computed many times behind a prefix that is computed once.
+
+    Args:
+        chunk_forward (`ChunkForward`): runs the backbone.
+        latent_head (`nn.Module`): from the last hidden state to the next latent.
+        start, stop (`int`): the columns of the first and the last latent of any row.
+        prefix (`Any`): the backbone's outputs for the columns before.
+        cache (`Cache`): their keys and values.
+    """
+
+    chunk_forward: ChunkForward
+    latent_head: nn.Module
+    start: int
+    stop: int
+    prefix: Any
+    cache: Cache
+
+    @classmethod
+    def of(cls, chunk_forward: ChunkForward, latent_head: nn.Module) -> "LatentTail":
+        """The tail of the sequences of a forward, whose prefix this computes.
+
+        Raises:
+            ValueError: if the sequences go on from a cache, or start with a latent.
+        """
+        sequences = chunk_forward.sequences
+        if sequences.cache is not None:
+            raise ValueError(
+                "jacobi_iterations and fixed_point_tolerance compute whole sequences. Leave past_key_values out."
+            )
+        sequences.check()
+        columns, width = sequences.is_latent.any(0).nonzero().flatten().tolist(), sequences.is_latent.shape[1]
+        # A batch without latents runs as many forwards as any other, since ranks of a sharded model wait for each
+        # other: it iterates over the one column before the last, into which no latent is put.
+        start, stop = (columns[0], columns[-1]) if columns else (width - 2, width - 1)
+        cache = ChunkCache.concatenating(chunk_forward.core.config.get_text_config())
+        prefix = chunk_forward(0, sequences.embeds[:, :start], cache)
+        return cls(chunk_forward, latent_head, start, stop, prefix, cache.advance(start))
+
+    @property
+    def first(self) -> torch.Tensor:
+        """What is predicted for the first column, (B, 1, D)."""
+        return self.latent_head(self.prefix.last_hidden_state[:, -1:])
+
+    def fill(self, latents: torch.Tensor) -> torch.Tensor:
+        """Embeddings of the columns, with `latents` (B, columns, D) for the first of them where a latent stands."""
+        sequences = self.chunk_forward.sequences
+        is_latent, embeds = sequences.is_latent[:, self.start :, None], sequences.embeds[:, self.start :]
+        latents = latents[:, : is_latent.shape[1]]
+        return torch.where(is_latent, torch.cat([latents.to(embeds), embeds[:, latents.shape[1] :]], dim=1), embeds)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        """The backbone's outputs for `inputs` (B, columns, D)."""
+        return self.chunk_forward(self.start, inputs, self.cache)
+
+    def iterate(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the columns that the latents depend on, (B, columns, D)."""
+        return self.forward(inputs[:, : max(self.stop - self.start, 1)]).last_hidden_state
+
+    def predict(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What is predicted for the first columns, from `hidden_states` (B, columns, D): one column more."""
+        return self.latent_head(torch.cat([self.prefix.last_hidden_state[:, -1:], hidden_states], dim=1))
+
+    def latents(self, outputs: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The fields of the model's output, from the joined outputs and the `inputs` (B, columns, D) of the tail."""
+        sequences = self.chunk_forward.sequences
+        return {
+            "predicted_latents": sequences.predict(outputs.last_hidden_state, self.latent_head),
+            "latent_inputs": sequences.gather(torch.cat([sequences.embeds[:, : self.start], inputs], dim=1)),
+        }
+
+
 # --------------------------------------------------------------------------------------------------------- in parallel
 
 
@@ -242,36 +318,81 @@ def fill_in_parallel(
             "`jacobi_iterations` must be at least 1 and `jacobi_gradient_iterations` between 0 and that, got "
             f"{iterations} and {gradient_iterations}."
         )
-    if sequences.cache is not None:
-        raise ValueError("jacobi_iterations computes whole sequences. Leave past_key_values out.")
-    sequences.check()
-    embeds, columns = sequences.embeds, sequences.is_latent.any(0).nonzero().flatten().tolist()
-    # A batch without latents runs as many forwards as any other, since ranks of a sharded model wait for each other:
-    # it iterates over the one column before the last, into which no latent is put.
-    start, stop = (columns[0], columns[-1]) if columns else (embeds.shape[1] - 2, embeds.shape[1] - 1)
-    is_latent = sequences.is_latent[:, start:, None]
-
-    def fill(latents: torch.Tensor) -> torch.Tensor:
-        """Embeddings of the columns from `start` on, with `latents` for the first of them."""
-        latents = latents[:, : is_latent.shape[1]]
-        rest = embeds[:, start + latents.shape[1] :]
-        return torch.where(is_latent, torch.cat([latents.to(embeds.dtype), rest], dim=1), embeds[:, start:])
-
     with checkpointing_with_cache(core) as checkpointed:
-        forward = ChunkForward(core, sequences, ChunkGradients(core, checkpointed))
-        cache = ChunkCache.concatenating(core.config.get_text_config())
-        prefix = forward(0, embeds[:, :start], cache)
-        cache = cache.advance(start)
-        before = prefix.last_hidden_state[:, -1:]
-        inputs = fill(latent_head(before))
+        tail = LatentTail.of(ChunkForward(core, sequences, ChunkGradients(core, checkpointed)), latent_head)
+        inputs = tail.fill(tail.first)
         for iteration in range(iterations):
             flows = torch.is_grad_enabled() and iteration >= iterations - gradient_iterations
             with torch.set_grad_enabled(flows):
-                hidden = forward(start, inputs[:, : max(stop - start, 1)], cache).last_hidden_state
-                latents = latent_head(torch.cat([before, hidden], dim=1))
-            inputs = fill(latents)
-        outputs = _joined([prefix, forward(start, inputs, cache)])
-    return outputs, {
-        "predicted_latents": sequences.predict(outputs.last_hidden_state, latent_head),
-        "latent_inputs": sequences.gather(torch.cat([embeds[:, :start], inputs], dim=1)),
-    }
+                latents = tail.predict(tail.iterate(inputs))
+            inputs = tail.fill(latents)  # the words' own embeddings always have a gradient
+        outputs = _joined([tail.prefix, tail.forward(inputs)])
+    return outputs, tail.latents(outputs, inputs)
+
+
+# ---------------------------------------------------------------------------------------------------- as a fixed point
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    """Hands hidden states on and, in the backward pass, gives what is predicted from them the gradient that `solve`
+    finds for it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, predicted: torch.Tensor, solve: Callable) -> torch.Tensor:
+        ctx.solve = solve
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return gradient, ctx.solve(gradient), None
+
+
+def fill_by_fixed_point(
+    core: PreTrainedModel, latent_head: nn.Module, sequences: Sequences, tolerance: float
+) -> Filled:
+    """The walk's latents and gradients, as the fixed point z = f(z) of one forward of all columns.
+
+    Jacobi iteration without a graph finds z; one forward with a graph follows. For the gradient g of a loss with
+    respect to z, what the latents are made of gets v = g + J^T v, J = df/dz (implicit differentiation, as in deep
+    equilibrium models, arXiv 1909.01377). J is strictly lower triangular, since each latent depends on earlier ones
+    only: v = g + J^T g + (J^T)^2 g + … ends, and each term is a product with the graph that is there, without
+    gradients of weights. Both series stop when a term changes them by less than `tolerance`.
+
+    Args:
+        core, latent_head, sequences: see `fill_forced`.
+        tolerance (`float`): largest change, relative to the norm. With 0 both series run to their ends, S * K terms.
+
+    Raises:
+        ValueError: if the tolerance is negative, or as `fill_by_walk`.
+    """
+    if tolerance < 0:
+        raise ValueError(f"`fixed_point_tolerance` must not be negative, got {tolerance}.")
+    num_latents = int(sequences.is_latent.sum(1).max())
+    with checkpointing_with_cache(core):
+        tail = LatentTail.of(ChunkForward(core, sequences), latent_head)
+        with torch.no_grad():
+            inputs, residual = tail.fill(tail.first), torch.inf
+            for _ in range(num_latents):
+                before, inputs = inputs, tail.fill(tail.predict(tail.iterate(inputs)))
+                residual = (inputs - before).norm() / (inputs * sequences.is_latent[:, tail.start :, None]).norm()
+                if residual <= tolerance:
+                    break
+        latents = inputs[:, 1 : tail.stop - tail.start + 1].detach().requires_grad_(torch.is_grad_enabled())
+        inputs = tail.fill(torch.cat([tail.first, latents], dim=1))
+        outputs = tail.forward(inputs)
+        if latents.requires_grad and latents.numel():
+            hidden = outputs.last_hidden_state
+            predicted = latent_head(hidden[:, : latents.shape[1]]).to(latents.dtype)
+
+            def solve(gradient: torch.Tensor) -> torch.Tensor:
+                own = term = total = torch.autograd.grad(hidden, latents, gradient, retain_graph=True)[0]
+                for _ in range(num_latents - 1):
+                    term = torch.autograd.grad(predicted, latents, term, retain_graph=True)[0]
+                    total = total + term
+                    if term.norm() <= tolerance * own.norm():
+                        break
+                return total
+
+            outputs.last_hidden_state = _ImplicitGradient.apply(hidden, predicted, solve)
+        outputs = _joined([tail.prefix, outputs])
+    return outputs, tail.latents(outputs, inputs)

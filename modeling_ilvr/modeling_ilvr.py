@@ -31,7 +31,7 @@ from .backbone_loading import (
 from .configuration_ilvr import ILVRConfig
 from .latent_attention import AttentionRule, AttentionSeat
 from .latent_decoding import Intervention
-from .latent_filling import fill_by_walk, fill_forced, fill_in_parallel
+from .latent_filling import fill_by_fixed_point, fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
 from .latent_sequences import Sequences, encode_inputs
 from .latent_spans import SpanState
@@ -129,6 +129,7 @@ class ForwardCase(StrEnum):
     FORCED = "forced"  # put given ones in
     WALK = "walk"  # compute them one after the other
     PARALLEL = "parallel"  # compute them all at once
+    FIXED_POINT = "fixed point"  # compute them all at once until they stay
 
 
 class ILVRModel(ILVRPreTrainedModel):
@@ -180,6 +181,7 @@ class ILVRModel(ILVRPreTrainedModel):
         latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
+        fixed_point_tolerance: float | None = None,
         min_chunks: int | None = None,
         attention_rule: AttentionRule | None = None,
         attention_rule_rows: torch.BoolTensor | None = None,
@@ -189,7 +191,7 @@ class ILVRModel(ILVRPreTrainedModel):
 
         Without latent ids this is the backbone's own forward. With them, the latents are `latent_values` where given
         (teacher forcing, one forward), else the model's own feedback: one after the other (one cached walk, gradients
-        exact), or all at once by `jacobi_iterations`.
+        exact), or all at once by `jacobi_iterations` or up to a `fixed_point_tolerance`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): ids, with K `<|latent_pad|>` a span.
@@ -207,6 +209,9 @@ class ILVRModel(ILVRPreTrainedModel):
                 iterations on; `predicted_latents` are what one more would give, and tell how far the others are.
             jacobi_gradient_iterations (`int`, *optional*, defaults to all): through how many of the last iterations
                 the gradient flows; with 0 the latents are constants.
+            fixed_point_tolerance (`float`, *optional*): computes the latents as the fixed point of one forward: by
+                iterations without a graph, until one changes them by less than this, relative, and with the gradient
+                of the fixed point, to the same precision. That is the walk's, in fewer and wider forwards.
             min_chunks (`int`, *optional*): lengthens the walk by forwards of no effect up to this many. The ranks of a
                 model that is sharded have to run equally many, since each gathers weights from all.
             attention_rule (`Callable`, *optional*): takes pairs of columns away from the attention mask, such as
@@ -221,10 +226,11 @@ class ILVRModel(ILVRPreTrainedModel):
                 a span, the numbers of iterations are out of range, a `latent_intervention` is given beside latents
                 that are not computed one after the other, or the backbone cannot follow an `attention_rule`.
         """
-        if latent_intervention is not None and (latent_values is not None or jacobi_iterations is not None):
+        given = [latent_values, jacobi_iterations, fixed_point_tolerance]
+        if sum(way is not None for way in [*given, latent_intervention]) > 1:
             raise ValueError(
-                "A latent_intervention replaces latents that are computed one after the other. Leave latent_values "
-                "and jacobi_iterations out."
+                "Latents are given (latent_values), or computed one after the other, where a latent_intervention may "
+                "replace them, or all at once (jacobi_iterations, fixed_point_tolerance). Leave all but one out."
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
@@ -240,7 +246,7 @@ class ILVRModel(ILVRPreTrainedModel):
         num_columns = (inputs_embeds if input_ids is None else input_ids).shape[1]
         state = SpanState() if past_key_values is None else SpanState.of(past_key_values, num_columns)
         is_latent = None if input_ids is None else input_ids == self.config.latent_pad_token_id
-        case = self._case(is_latent, state, latent_values is not None, jacobi_iterations is not None, bool(min_chunks))
+        case = self._case(is_latent, state, given, bool(min_chunks))
         if case is ForwardCase.STEP_AHEAD:
             outputs = ILVRModelOutput(last_hidden_state=state.take_ahead(), past_key_values=past_key_values)
             return self._with_state(outputs, state)
@@ -258,15 +264,19 @@ class ILVRModel(ILVRPreTrainedModel):
                 outputs, latents = fill_forced(*parts, latent_values, latent_mask)
             elif case is ForwardCase.WALK:
                 outputs, latents = fill_by_walk(*parts, min_chunks or 0, state.feedback, latent_intervention)
-            else:
+            elif case is ForwardCase.PARALLEL:
                 outputs, latents = fill_in_parallel(*parts, jacobi_iterations, jacobi_gradient_iterations)
+            else:
+                outputs, latents = fill_by_fixed_point(*parts, fixed_point_tolerance)
         state.grow(num_columns, seat.columns)
         return self._with_state(outputs, state, **latents)
 
     def _case(
-        self, is_latent: torch.BoolTensor | None, state: SpanState, forced: bool, parallel: bool, walked: bool
+        self, is_latent: torch.BoolTensor | None, state: SpanState, given: list[Any], walked: bool
     ) -> ForwardCase:
-        if is_latent is not None and is_latent.shape[1] == 1 and not forced:
+        cases = [ForwardCase.FORCED, ForwardCase.PARALLEL, ForwardCase.FIXED_POINT]
+        chosen = next((case for case, way in zip(cases, given) if way is not None), ForwardCase.WALK)
+        if is_latent is not None and is_latent.shape[1] == 1 and chosen is not ForwardCase.FORCED:
             if state.has_columns_ahead:
                 return ForwardCase.STEP_AHEAD
             if state.feedback is not None:
@@ -274,9 +284,7 @@ class ILVRModel(ILVRPreTrainedModel):
                 return ForwardCase.STEP
         if is_latent is None or not (walked or is_latent.any()):
             return ForwardCase.PLAIN
-        if forced:
-            return ForwardCase.FORCED
-        return ForwardCase.PARALLEL if parallel else ForwardCase.WALK
+        return chosen
 
     def _with_state(self, outputs: Any, state: SpanState, **latents: torch.Tensor) -> ILVRModelOutput:
         """The outputs of this model, and on their cache what the next column will need."""
@@ -469,6 +477,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         latent_intervention: Intervention | None = None,
         jacobi_iterations: int | None = None,
         jacobi_gradient_iterations: int | None = None,
+        fixed_point_tolerance: float | None = None,
         min_chunks: int | None = None,
         attention_rule: AttentionRule | None = None,
         attention_rule_rows: torch.BoolTensor | None = None,
@@ -511,6 +520,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             latent_intervention=latent_intervention,
             jacobi_iterations=jacobi_iterations,
             jacobi_gradient_iterations=jacobi_gradient_iterations,
+            fixed_point_tolerance=fixed_point_tolerance,
             min_chunks=min_chunks,
             attention_rule=attention_rule,
             attention_rule_rows=attention_rule_rows,

@@ -151,6 +151,11 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
                 "own_latents takes a forward more where rows are drawn, and the ranks of a sharded model have to run "
                 "equally many. Train with DDP or ZeRO-2, or set it to 0."
             )
+        if args.fixed_point_tolerance is not None and is_sharded(self.accelerator):
+            raise ValueError(
+                "fixed_point_tolerance takes as many forwards as a batch needs, and the ranks of a sharded model have "
+                "to run equally many. Train with DDP or ZeRO-2, or with jacobi_iterations."
+            )
         if self.keeps_teacher:
             asks = SELECTORS[args.selection_method].asks_teacher
             self.teacher = MomentumTeacher(self.student.model, args.teacher_decay, keeps_head=asks)
@@ -233,6 +238,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             min_chunks=self._chunks_of_all_ranks(inputs["input_ids"]),
             jacobi_iterations=self.args.jacobi_iterations,
             jacobi_gradient_iterations=self.args.jacobi_gradient_iterations,
+            fixed_point_tolerance=self.args.fixed_point_tolerance,
             logits_to_keep=columns,
             use_cache=False,
         )
@@ -249,7 +255,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             if num_items_in_batch is not None:
                 alignment = alignment * selection.mask.flatten(1).any(1).sum() / self._samples_per_rank
             loss = loss + weight * alignment
-        if self.args.jacobi_iterations is not None and outputs.latent_inputs is not None:
+        at_once = self.args.jacobi_iterations is not None or self.args.fixed_point_tolerance is not None
+        if at_once and outputs.latent_inputs is not None:
             residual = (outputs.predicted_latents - outputs.latent_inputs).norm() / outputs.latent_inputs.norm()
             self.record(outputs.latent_inputs.any(-1).sum(), latent_residual=residual)
         self.record((labels != -100).sum(), **token_statistics(outputs.logits, labels))

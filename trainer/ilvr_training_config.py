@@ -109,6 +109,10 @@ class ILVRTrainingConfig(SFTConfig):
             after the other, as the paper. The log's `latent_residual` tells what is left to refine.
         jacobi_gradient_iterations (`int`, *optional*, defaults to `None`):
             Through how many of the last of these the gradient flows. `None`: all.
+        fixed_point_tolerance (`float`, *optional*, defaults to `None`):
+            Computes all latents of a sequence as the fixed point of one forward, and its gradient by implicit
+            differentiation, each until a term changes it by less than this, relative. Equal to one after the other up
+            to that; how much sooner depends on the model. 1e-4 is a good first value.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` `None` (1e-5 in stage 1, 2e-7 in stage 2: at stage
@@ -203,6 +207,10 @@ class ILVRTrainingConfig(SFTConfig):
     jacobi_gradient_iterations: int | None = field(
         default=None, metadata={"help": "Iterations, the last ones, that the gradient flows through. Default: all."}
     )
+    fixed_point_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Computes all latents as a fixed point, to this relative precision, gradients included."},
+    )
 
     def __post_init__(self):
         if self.learning_rate is None:
@@ -256,6 +264,12 @@ class ILVRTrainingConfig(SFTConfig):
                 f"`jacobi_gradient_iterations` must lie between 0 and `jacobi_iterations`, got {gradient_iterations} "
                 f"and {iterations}."
             )
+        tolerance = self.fixed_point_tolerance
+        if tolerance is not None and (self.stage == 1 or tolerance < 0 or iterations is not None):
+            raise ValueError(
+                "`fixed_point_tolerance` is for stage 2, at least 0, and takes the place of `jacobi_iterations`, got "
+                f"{tolerance} in stage {self.stage} with jacobi_iterations={iterations}."
+            )
         if self.packing or self.padding_free:
             raise ValueError("`packing` and `padding_free` would mix the spans of samples; set both to False.")
         if not 0 <= self.image_dropout <= 1 or self.image_dropout_schedule not in ("constant", "linear"):
@@ -282,6 +296,9 @@ class ILVRTrainingConfig(SFTConfig):
         cannot = {
             f"`stage={self.stage}`: stage 1 feeds targets. Set stage=2": self.stage != 2,
             "`jacobi_iterations`: latents are swapped one after the other. Leave it out": self.jacobi_iterations,
+            "`fixed_point_tolerance`: latents are swapped one after the other. Leave it out": (
+                self.fixed_point_tolerance is not None
+            ),
             "`alignment_weight`: targets are the row's own. Set it to 0": self.alignment_weight,
             "a batch of 1, which has no other row. Raise per_device_train_batch_size": (
                 self.per_device_train_batch_size < 2

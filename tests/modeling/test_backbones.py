@@ -43,14 +43,15 @@ def test_walk_has_the_gradients_of_prefix_recompute(model, processor, checkpoint
     assert largest_difference(found, expected) < bound
 
 
+@pytest.mark.parametrize("way", [{"jacobi_iterations": 2 * LATENT_SIZE}, {"fixed_point_tolerance": 0.0}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_enough_jacobi_iterations_have_the_gradients_of_the_walk(model, processor, checkpointing):
+def test_latents_at_once_have_the_gradients_of_the_walk(model, processor, checkpointing, way):
     inputs = encode(processor, SPAN_SAMPLES, "left")
     model.train()
     expected = gradients(model, next_token_loss(model(**inputs).logits, inputs))
     if checkpointing:
         model.activation_checkpointing_enable()
-    outputs = model(**inputs, jacobi_iterations=2 * LATENT_SIZE)
+    outputs = model(**inputs, **way)
     found = gradients(model, next_token_loss(outputs.logits, inputs))
     assert largest_difference(found, expected) < 3e-4  # linear attention: 1.03e-4 on some processors
 

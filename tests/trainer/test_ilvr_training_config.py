@@ -43,6 +43,7 @@ VARIED = {
     "alignment_noise": 1.0,
     "jacobi_iterations": 2,
     "jacobi_gradient_iterations": 1,
+    "fixed_point_tolerance": 1.0,
 }
 ASKED = {"selection_method": "answer_gradient", "helper_question": "Right"}
 NEEDS = {
@@ -53,6 +54,7 @@ NEEDS = {
     "image_dropout_schedule": {"image_dropout": 1.0},
     "jacobi_iterations": {"stage": 2},
     "jacobi_gradient_iterations": {"stage": 2, "jacobi_iterations": 2},
+    "fixed_point_tolerance": {"stage": 2},
 }
 
 

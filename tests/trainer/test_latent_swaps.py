@@ -116,6 +116,7 @@ def test_cached_images_keep_what_tells(model, processor, tmp_path):
         ({"swap_latents": 1.0}, r"lie in \[0, 1\), got 1.0: some rows have to be donors"),
         ({"stage": 1}, "stage=1.: stage 1 feeds targets"),
         ({"jacobi_iterations": 2}, "does not go with `jacobi_iterations`"),
+        ({"fixed_point_tolerance": 0.0}, "does not go with `fixed_point_tolerance`"),
         ({"alignment_weight": 0.1}, "does not go with `alignment_weight`"),
         ({"per_device_train_batch_size": 1}, "a batch of 1, which has no other row"),
     ],
@@ -134,8 +135,9 @@ def test_data_that_does_not_say_what_follows_is_refused(model, processor, tmp_pa
 
 def test_an_intervention_is_for_latents_one_after_the_other(model, processor, tmp_path):
     _, batch = start(model, processor, tmp_path)
-    for other in ({"jacobi_iterations": 1}, {"latent_values": torch.zeros(7, 2, 3, 32)}):
-        with pytest.raises(ValueError, match="one after the other. Leave latent_values and jacobi_iterations out"):
+    values = {"latent_values": torch.zeros(7, 2, 3, 32)}
+    for other in ({"jacobi_iterations": 1}, {"fixed_point_tolerance": 0.1}, values):
+        with pytest.raises(ValueError, match="one after the other, .* Leave all but one out"):
             model(**batch.inputs, latent_intervention=lambda latents, span, index: latents, **other)
 
 
