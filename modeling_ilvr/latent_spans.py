@@ -173,8 +173,8 @@ class SpanState:
     """What travels with a cache from step to step of a generation, beside keys and values.
 
     Args:
-        length (`int`): of the cache when this was written; at another length the vectors below are those of another
-            past.
+        length (`int`, or `torch.Tensor` for a static cache): of the cache when this was written; at another length
+            the vectors below are those of another past.
         feedback (`torch.Tensor` of shape `(B, D)`, *optional*): what a latent in the next column would be.
         plan (`torch.Tensor` of shape `(B, K, D)`, *optional*): the latents of the span that a row is in, where they
             were computed in parallel.
@@ -183,7 +183,7 @@ class SpanState:
         columns (`ColumnFacts`, *optional*): of the columns in the cache, where a rule of attention asks for them.
     """
 
-    length: int = 0
+    length: int | torch.Tensor = 0
     feedback: torch.Tensor | None = None
     plan: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
@@ -199,15 +199,17 @@ class SpanState:
         """
         state = getattr(cache, "latent_spans", None)
         if state is None or not (cache.is_compileable and num_columns == 1):
-            length = int(cache.get_seq_length())
-            if state is None or state.length != length:
-                columns = None if state is None or not length else state.columns
+            length = cache.get_seq_length()
+            if state is None or int(state.length) != int(length):
+                columns = None if state is None or not int(length) else state.columns
+                # A number would be a constant of a compiled step, and another one at each step.
+                length = torch.as_tensor(length).clone() if cache.is_compileable else int(length)
                 state = cache.latent_spans = cls(length=length, columns=columns)
         return state
 
     def grow(self, num_columns: int, columns: ColumnFacts | None) -> None:
         """Notes that the cache now holds more columns, with the facts about all of them."""
-        self.length += num_columns
+        self.length = self.length + num_columns
         self.columns = columns
 
     @property

@@ -16,7 +16,7 @@ from helpers import (
     make_sample,
     run_without_ilvr,
 )
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer, pipeline
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer, pipeline
 
 from ilvr import ILVRForConditionalGeneration, is_forced, pad_spans
 from ilvr.latent_generation import LatentSpanLogitsProcessor
@@ -337,6 +337,21 @@ def test_a_cache_that_was_reset_or_cropped_has_no_feedback(model, processor):
     cache.reset()
     with pytest.raises(ValueError, match="starts inside a latent span"):
         model(input_ids=latent, past_key_values=cache)
+
+
+def test_a_step_compiles_as_one_graph_for_all_phases(model, inputs, monkeypatch):
+    """Without a break, and once: nothing that changes from step to step is a constant of the graph."""
+    monkeypatch.setattr(type(model), "_can_compile_fullgraph", True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
+    config._compile_all_devices = True  # transformers compiles on accelerators alone, else
+    found = generate(model, inputs, cache_implementation="static", compile_config=config)
+    assert found.equal(generate(model, inputs)) and len(graphs) == 1
 
 
 def test_a_static_cache_that_is_used_again_starts_anew(model, inputs):
