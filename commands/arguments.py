@@ -172,6 +172,16 @@ def _demo(parser: Parser) -> None:
     _add_model_options(parser)
 
 
+def _serve(parser: Parser) -> None:
+    parser.add("model", help="folder or Hub id of an ILVR checkpoint")
+    parser.add("--served_model_name", help="by which requests ask for the model; by default as it is given here")
+    parser.add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
+    parser.add("--port", type=int, default=8000, help="port to listen at")
+    parser.add("--fetch_images", action="store_true", help="also load images from the http(s) addresses of requests")
+    parser.add("--cors", action="store_true", help="let pages of other sites send requests")
+    _add_model_options(parser)
+
+
 def _check_data(parser: Parser) -> None:
     parser.add("path", help=".jsonl or .json file, folder or Hub id")
     _add_source(parser, "train")
@@ -234,6 +244,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         "a page in the browser: ask, look into each span of latents, replace it, compare the answers",
         'example:\n  ilvr demo runs/ilvr/stage2 --task shifts --task_settings \'{"boards": 1, "test_boards": 24}\'',
         _demo,
+    ),
+    "serve": (
+        "answer over HTTP: chat with images in OpenAI's protocol, with streaming",
+        "example:\n  ilvr serve runs/ilvr/stage2 --served_model_name ilvr --port 8000",
+        _serve,
     ),
     "check-data": (
         "report what is in a data set and what is wrong with it; loads no model",

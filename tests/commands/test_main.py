@@ -33,9 +33,9 @@ def test_help_imports_nothing_slow():
     code = """
 import sys
 from ilvr_commands.main import main
-for arguments in ([], ["--version"], ["evaluate", "--help"], ["demo", "--help"]):
+for arguments in ([], ["--version"], ["evaluate", "--help"], ["demo", "--help"], ["serve", "--help"]):
     assert main(arguments) == 0
-slow = {"torch", "transformers", "numpy", "datasets", "trl", "huggingface_hub", "gradio", "ilvr"}
+slow = {"torch", "transformers", "numpy", "datasets", "trl", "huggingface_hub", "gradio", "fastapi", "ilvr"}
 print(sorted(slow & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -86,9 +86,10 @@ def test_errors_are_one_line_unless_the_traceback_is_asked_for(monkeypatch, caps
 
 
 PAGES = Path(__file__).parents[2]
+WITH_COMMANDS = ["README.md", *(f"docs/{name}.md" for name in ("audit", "data", "demo", "evidence", "serving"))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/audit.md", "docs/data.md", "docs/demo.md", "docs/evidence.md"])
+@pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands_on_pages_are_right(page):
     """Every command in a block of a page parses."""
     blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", (PAGES / page).read_text(), re.S | re.M)
