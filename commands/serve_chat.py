@@ -63,7 +63,7 @@ class SentImages(BaseHandler):
                 if part["type"] == "image":
                     self._open(part, f"The image of message {number}")
                 elif part["type"] != "text":
-                    raise HTTPException(422, f"Message {number} has a part of type {part['type']}. Send text and images.")
+                    raise HTTPException(422, f"Message {number} has a part of type {part['type']}: not text or image.")
         return parsed
 
     def _open(self, part: dict[str, Any], name: str) -> None:
