@@ -7,9 +7,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_ilvr import ILVRConfig
 from .latent_attention import ColumnFacts, hide_images_after_first_span
+from .latent_filling import ChunkGradients
 from .latent_spans import is_forced, pad_spans
 from .modeling_ilvr import ILVRForConditionalGeneration, ILVRModel, ILVROutput
 from .processing_ilvr import ILVRProcessor
+from .weight_gradients import GatheredWeightGradients
 
 
 __version__ = "0.1.0"
@@ -32,3 +34,4 @@ AutoProcessor.register(ILVRConfig, ILVRProcessor)
 ILVRConfig.register_for_auto_class()
 ILVRForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 ILVRProcessor.register_for_auto_class()
+ChunkGradients.gather = GatheredWeightGradients

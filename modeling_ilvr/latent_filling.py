@@ -8,9 +8,9 @@ B batch, T sequence, S spans, K latents a span, D hidden.
 """
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from .latent_cache import ChunkCache, checkpointing_with_cache
 from .latent_decoding import Intervention
 from .latent_sequences import Sequences
 from .latent_spans import chunk_bounds, scatter_spans
-from .weight_gradients import GatheredWeightGradients
 
 
 Filled = tuple[Any, dict[str, torch.Tensor]]
@@ -95,10 +94,14 @@ class ChunkGradients:
         checkpointed (`list[nn.Module]`): its layers that are checkpointed.
     """
 
+    # The context in which a weight's gradient is made once for all chunks: `weight_gradients.py`, which the package sets
+    # here and which does not travel with checkpoints. Without it autograd makes as many as there are chunks.
+    gather: ClassVar[type[AbstractContextManager] | None] = None
+
     def __init__(self, core: PreTrainedModel, checkpointed: list[nn.Module]) -> None:
         self.checkpointed = checkpointed
         partitioned = any(hasattr(parameter, "ds_id") for parameter in core.parameters())
-        self.weight_gradients = None if partitioned else GatheredWeightGradients()
+        self.weight_gradients = None if partitioned or self.gather is None else self.gather()
 
     @contextmanager
     def of_chunk(self, num_columns: int) -> Generator[None]:

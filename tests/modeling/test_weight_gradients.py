@@ -1,9 +1,15 @@
 """Gradients of weights that are made once for all uses equal those that autograd makes for each."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers import SPAN_SAMPLES, encode, next_token_loss, run_without_ilvr
+from helpers import gradients as gradients_of
+from safetensors.torch import load_file
 from torch import nn
 
+import ilvr
 from ilvr.weight_gradients import GatheredWeightGradients
 
 
@@ -86,3 +92,37 @@ def test_nothing_is_recorded_without_gradients(layers):
     with torch.no_grad():
         found, expected = walk(layers, mode), walk(layers)
     assert found.equal(expected) and not mode.collected
+
+
+# ------------------------------------------------------------------------------------- what travels with a checkpoint
+
+
+def test_what_travels_trains_without_it(model, processor, tmp_path):
+    """The code that a stranger trusts holds no more than inference needs, and its gradients are the same."""
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    travels = {file.name for file in (tmp_path / "model").glob("*.py")}
+    stays = {file.name for file in Path(ilvr.__file__).parent.glob("*.py")} - travels
+    assert stays == {"__init__.py", "weight_gradients.py"}
+    inputs = encode(processor, SPAN_SAMPLES)
+    torch.save(dict(inputs), tmp_path / "inputs.pt")
+    expected = gradients_of(model, next_token_loss(model(**inputs).logits, inputs))
+    run_without_ilvr(
+        f"""
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+inputs = torch.load({str(tmp_path / "inputs.pt")!r})
+mask = inputs["attention_mask"][:, 1:]
+log_probs = model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+(-(log_probs * mask).sum() / mask.sum()).backward()
+found = {{name: p.grad.contiguous().clone() for name, p in model.named_parameters() if p.grad is not None}}
+save_file(found, {str(tmp_path / "gradients.safetensors")!r})
+""",
+        tmp_path / "modules",
+    )
+    found = load_file(tmp_path / "gradients.safetensors")
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
