@@ -107,7 +107,8 @@ CONTROLS_HELP = f"none, small (another_sample, zeros), all, or names with commas
 
 
 def _train(parser: Parser) -> None:
-    parser.add("config", nargs="?", default=argparse.SUPPRESS, help="recipe, a YAML file of the fields below")
+    recipe = "recipe: a YAML file of the fields below, or the name of one that comes with the package, as shifts_small"
+    parser.add("config", nargs="?", default=argparse.SUPPRESS, help=recipe)
     parser.add_argument("--config", help=argparse.SUPPRESS)  # the same, as TRL's scripts have it
     parser.add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field, or a part of one")
     parts = []

@@ -14,12 +14,8 @@ from .questions import model_kwargs, task_of
 def run(options: Namespace) -> int:
     """Serves the page until it is interrupted."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    try:
-        from .demo_page import serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ValueError("The page needs gradio. Install the extra `demo`: pip install 'ilvr[demo]'.") from error
+    from .demo_page import serve
+
     questions = Questions.of_task(task_of(options), samples=options.examples) if options.task else None
     model, processor = load_checkpoint(options.model, **model_kwargs(options))
     demo = Demo(model, processor, questions, max_new_tokens=options.max_new_tokens)

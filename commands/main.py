@@ -7,6 +7,11 @@ from .arguments import build_parser
 
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 as shells do: 128 + SIGINT
+EXTRAS = {
+    "eval": ("evaluate", "gymnasium", "matplotlib"),
+    "demo": ("gradio",),
+    "serve": ("fastapi", "openai", "pydantic", "uvicorn"),
+}  # what each extra installs that a command may miss
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
+        if extra:
+            error = ValueError(f"{missing} is not installed. Add the extra `{extra}`: pip install 'ilvr[{extra}]'.")
         expected = isinstance(error, (ValueError, OSError))
         what = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " --traceback shows where."

@@ -54,15 +54,15 @@ def read_recipe(options: Namespace) -> Recipe:
     """The recipe of a file, with what the options of `ilvr train` set in place of what it says.
 
     Args:
-        options (`Namespace`): `config`, the path of a YAML file or `None`; `set`, a list of `NAME=VALUE`, where a name
-            may have dots and a value is YAML; and any field of [`Recipe`].
+        options (`Namespace`): `config`, the path of a YAML file, the name of a recipe of the package or `None`; `set`,
+            a list of `NAME=VALUE`, where a name may have dots and a value is YAML; and any field of [`Recipe`].
 
     Raises:
         ValueError: for a field that a recipe does not have, and a value that is of another kind.
     """
     import yaml
 
-    given = {} if options.config is None else yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
+    given = {} if options.config is None else yaml.safe_load(_file_of(options.config).read_text(encoding="utf-8"))
     if not isinstance(given, dict):
         raise ValueError(f"{options.config} holds no fields. Start from one of examples/recipes.")
     own = {
@@ -89,6 +89,16 @@ def read_recipe(options: Namespace) -> Recipe:
             takes = "several settings by their names" if kinds[name] is dict else "one value"
             raise ValueError(f"{name} takes {takes}, got {value!r:.80}.")
     return Recipe(**given)
+
+
+def _file_of(config: str) -> Path:
+    """The file of a recipe, which may be named as those of `examples/recipes` are, without folder and ending."""
+    recipes = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    if config in recipes and not Path(config).is_file():
+        return recipes[config]
+    if not Path(config).is_file():
+        raise ValueError(f"There is no recipe {config}: no such file, and none of {', '.join(recipes)}.")
+    return Path(config)
 
 
 def _number(text: str) -> int | float | None:

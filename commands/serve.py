@@ -4,21 +4,16 @@ import socket
 import sys
 from argparse import Namespace
 
+import uvicorn
+
 from ilvr.evaluation.auditing import load_checkpoint
 
 from .questions import model_kwargs
+from .serve_chat import build_app
 
 
 def run(options: Namespace) -> int:
     """Serves the model until it is interrupted."""
-    try:
-        import uvicorn
-
-        from .serve_chat import build_app
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "openai", "pydantic", "uvicorn"):
-            raise
-        raise ValueError("The server needs the extra `serve`: pip install 'ilvr[serve]'.") from error
     model, processor = load_checkpoint(options.model, **model_kwargs(options))
     name = options.served_model_name or options.model
     app = build_app(model, processor, name, fetch_images=options.fetch_images, allow_cors=options.cors)

@@ -122,7 +122,7 @@ def test_without_gradio(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "ilvr_commands.demo_page")
     assert main(["demo", "nowhere"]) == 2
     assert capsys.readouterr().err == (
-        "ilvr demo: The page needs gradio. Install the extra `demo`: pip install 'ilvr[demo]'.\n"
+        "ilvr demo: gradio is not installed. Add the extra `demo`: pip install 'ilvr[demo]'.\n"
     )
 
 

@@ -134,7 +134,8 @@ def test_the_command(model, processor, tmp_path, capsys):
 
 def test_without_the_packages(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "ilvr_commands.serve", raising=False)
     assert main(["serve", "nowhere"]) == 2
     assert capsys.readouterr().err == (
-        "ilvr serve: The server needs the extra `serve`: pip install 'ilvr[serve]'.\n"
+        "ilvr serve: uvicorn is not installed. Add the extra `serve`: pip install 'ilvr[serve]'.\n"
     )
