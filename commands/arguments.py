@@ -70,7 +70,7 @@ def _add_json(parser: Parser) -> None:
 
 def _add_source(parser: Parser, split: str) -> None:
     formats = "native, reference, mirage, zebra_cot or monet; by default recognised from the fields"
-    parser.add("--format", help=formats if split == "train" else f"vsp, {formats}")
+    parser.add("--format", help=formats if split == "train" else f"vsp, choices, {formats}")
     parser.add("--image_root", help="folder that holds all images; by default that of the data")
     parser.add("--split", default=split, help="split of a folder or Hub id")
     parser.add("--name", help="configuration of a Hub id")

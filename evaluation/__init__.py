@@ -12,6 +12,7 @@ from .question_files import load_questions
 from .questions import Questions
 from .records import Evaluator, Record, Run
 from .swap_gap import SwapGapCallback
+from .view import show_latents
 
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "score_each",
     "score_table",
     "scores_by_group",
+    "show_latents",
 ]

@@ -36,7 +36,6 @@ class Answer:
     latents: torch.Tensor | None = None
 
 
-@torch.inference_mode()
 def answer_batch(
     model: ILVRForConditionalGeneration,
     processor: ILVRProcessor,
@@ -56,9 +55,33 @@ def answer_batch(
     Returns:
         `list[Answer]`: one for each sample.
     """
+    conversations = [prompt_of(sample) for sample in samples]
+    return answer_conversations(model, processor, conversations, output_latents=output_latents, **generate_kwargs)
+
+
+@torch.inference_mode()
+def answer_conversations(
+    model: ILVRForConditionalGeneration,
+    processor: ILVRProcessor,
+    conversations: list[list[dict[str, Any]]],
+    *,
+    output_latents: bool = False,
+    **generate_kwargs: Any,
+) -> list[Answer]:
+    """Answers to conversations, generated at once.
+
+    Args:
+        model ([`ILVRForConditionalGeneration`]), processor ([`ILVRProcessor`]).
+        conversations (`list[list[dict]]`): as `apply_chat_template` takes them, with their images in their parts.
+        output_latents (`bool`, *optional*, defaults to `False`): whether answers hold their latents.
+        generate_kwargs: passed to `generate`; greedy decoding of up to 256 tokens by default.
+
+    Returns:
+        `list[Answer]`: one for each conversation.
+    """
     model.eval()
     inputs = processor.apply_chat_template(
-        [prompt_of(sample) for sample in samples],
+        conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

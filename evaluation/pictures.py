@@ -3,11 +3,12 @@
 N image tokens, K latents of a span, D hidden.
 """
 
+import io
 import json
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,51 @@ CAPTION = (
     "order, each where it resembles the image most."
 )
 UNITS = {"ce_loss": "nats a token", "alignment_loss": "1 - cosine"}
+
+
+class Panel(NamedTuple):
+    """One image of a picture.
+
+    Args:
+        caption (`str`): above it.
+        image (`PIL.Image.Image`).
+        similarity (`np.ndarray` of shape `(K, rows, columns)`, *optional*): of [`patch_similarity`], laid over it.
+    """
+
+    caption: str
+    image: Image.Image
+    similarity: np.ndarray | None = None
+
+
+class LatentFigure(Figure):
+    """A figure that a notebook shows as it is, without pyplot and whatever its backend is."""
+
+    def _repr_png_(self) -> bytes:
+        self.savefig(file := io.BytesIO())
+        return file.getvalue()
+
+
+def latent_figure(lines: Sequence[Sequence[Panel]]) -> LatentFigure:
+    """Lines of panels, with the bar of colours and what they mean."""
+    columns = max(len(line) for line in lines)
+    width = max(5, 2.1 * columns + 0.8)  # inches
+    tallest = [max(panel.image.height / panel.image.width for panel in line) for line in lines]
+    heights = [2 * min(ratio, 1.5) + 0.3 for ratio in tallest]
+    figure = LatentFigure(figsize=(width, sum(heights) + 0.9), dpi=110, layout="constrained")
+    axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, line in zip(axes, lines):
+        for axis, (caption, image, similarity) in zip(row, line):
+            axis.set_title(caption, fontsize=8)
+            axis.imshow(image)
+            if similarity is not None:
+                _shade(axis, image, similarity)
+    bar = figure.colorbar(ScalarMappable(COLOR_RANGE, COLOR_MAP), ax=axes, shrink=0.6, aspect=30)
+    bar.set_label("cosine", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.supxlabel(textwrap.fill(CAPTION, int(16 * width)), fontsize=7)
+    return figure
 
 
 @torch.inference_mode()
@@ -117,28 +163,18 @@ def draw_answers(
     Raises:
         ValueError: if a question has no image.
     """
-    columns = 1 + min(max_spans, max(len(latents) for _, _, latents in rows))
-    width = max(5, 2.1 * columns + 0.8)  # inches
-    figure = Figure(figsize=(width, 2.3 * len(rows) + 0.9), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, (sample, answer, latents) in zip(axes, rows):
+    lines = []
+    for sample, answer, latents in rows:
         question = first_image(sample)
-        line[0].imshow(question)
         mark = "" if is_right is None else "  right" if is_right(sample, answer) else "  wrong"
         box = last_boxed(answer)
-        line[0].set_title(("no answer" if box is None else _shorten(box)) + mark, fontsize=8)
         meant = draw(sample, answer) if draw else []
         meant += [(f"span {number + 1}", question) for number in range(len(meant), len(latents))]
-        for axis, (caption, image), span in zip(line[1:], meant, latents):
-            _draw_span(axis, image, patch_similarity(model, processor, image, span))
-            axis.set_title(caption, fontsize=8)
-    bar = figure.colorbar(ScalarMappable(COLOR_RANGE, COLOR_MAP), ax=axes, shrink=0.6, aspect=30)
-    bar.set_label("cosine", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    figure.supxlabel(textwrap.fill(CAPTION, int(16 * width)), fontsize=7)
-    figure.savefig(path, dpi=110)
+        line = [Panel(("no answer" if box is None else shorten(box)) + mark, question)]
+        for (caption, image), span in list(zip(meant, latents))[:max_spans]:
+            line.append(Panel(caption, image, patch_similarity(model, processor, image, span)))
+        lines.append(line)
+    latent_figure(lines).savefig(path)
 
 
 def draw_curves(
@@ -185,14 +221,14 @@ def first_image(sample: dict[str, Any]) -> Image.Image:
     return image
 
 
-def _shorten(text: str, length: int = 24) -> str:
+def shorten(text: str, length: int = 24) -> str:
+    """The start of a text."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _draw_span(axis: Axes, image: Image.Image, similarity: np.ndarray) -> None:
+def _shade(axis: Axes, image: Image.Image, similarity: np.ndarray) -> None:
     """Shades an image by the nearest latent of each token, and writes each latent's number on its nearest token."""
     _, rows, columns = similarity.shape
-    axis.imshow(image)
     extent = (0, image.width, image.height, 0)
     axis.imshow(similarity.max(0), cmap=COLOR_MAP, norm=COLOR_RANGE, alpha=0.45, extent=extent, aspect="auto")
     axis.set_aspect("equal")

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ilvr.data.choices import is_choices, read_choices_question
 from ilvr.data.conversations import FEATURES, SampleError
 from ilvr.data.images import locate_image
 from ilvr.data.reference_jsonl import read_question
@@ -18,7 +19,11 @@ from .questions import Questions, spread
 
 
 # Rows that hold a question and what is right, but no answer to train on.
-LAYOUTS: dict[str, Callable] = {"vsp": read_vsp_question, "reference": read_question}
+LAYOUTS: dict[str, Callable] = {
+    "vsp": read_vsp_question,
+    "choices": read_choices_question,
+    "reference": read_question,
+}
 
 
 def load_questions(
@@ -34,10 +39,12 @@ def load_questions(
 
     Args:
         path (`str`): see [`~ilvr.data.load_conversations`].
-        format (`str`, *optional*): `vsp`, the planning questions of VSP as published, or a format of
-            [`~ilvr.data.load_conversations`]; rows of `reference` need no `sequence_plan`. Recognised by default.
+        format (`str`, *optional*): `vsp`, the planning questions of VSP as published, `choices`, multiple choice
+            with `question`, `options` and `answer`, or a format of [`~ilvr.data.load_conversations`]; rows of
+            `reference` need no `sequence_plan`. Recognised by default.
         image_root (`str`, *optional*, defaults to the folder of the data): holds all images.
-        metric (`str`, *optional*): for [`load_metric`]; `frozen_lake` for `vsp`, else `boxed_exact_match`.
+        metric (`str`, *optional*): for [`load_metric`]; `frozen_lake` for `vsp`, `multiple_choice` for
+            `choices`, else `boxed_exact_match`.
         samples (`int`, *optional*, defaults to all): how many, evenly spread.
         kwargs: for `load_conversations`, such as `split` or `name`.
 
@@ -66,7 +73,8 @@ def load_questions(
     if layout == "vsp" and metric in (None, "frozen_lake"):
         boards = [json.loads(metadata)["board"] for metadata in dataset["metadata"]]
         return Questions(dataset, boards, "frozen_lake", name)
-    return Questions.of_dataset(dataset, metric=metric or "boxed_exact_match", name=name)
+    default = "multiple_choice" if layout == "choices" else "boxed_exact_match"
+    return Questions.of_dataset(dataset, metric=metric or default, name=name)
 
 
 def _layout(path: str, format: str | None, **kwargs: Any) -> str | None:
@@ -78,5 +86,7 @@ def _layout(path: str, format: str | None, **kwargs: Any) -> str | None:
     present = set() if isinstance(row, SampleError) else {name for name, value in row.items() if value is not None}
     if format == "vsp" or (format is None and "map_desc" in present and "sequence_plan" not in present):
         return "vsp"
+    if format == "choices" or (format is None and is_choices(present)):
+        return "choices"
     is_question = {"text_input", "original_final_answer"} <= present and "sequence_plan" not in present
     return "reference" if format in (None, "reference") and is_question else None

@@ -21,6 +21,7 @@ from peft import LoraConfig
 
 import ilvr
 from ilvr import trainer as trainers
+from ilvr.evaluation import load_questions
 from ilvr.trainer import ILVRGRPOConfig, ILVRTrainingConfig
 
 
@@ -126,11 +127,15 @@ def test_audit(cups, model, processor):
         '"test_boards": 500': '"test_boards": 3',
     }
     few |= {"max_new_tokens=128": "max_new_tokens=4"}
-    (code,) = [block.code for block in blocks("docs/audit.md") if block.language == "python"]
+    code, levels = [block.code for block in blocks("docs/audit.md") if block.language == "python"]
     for old, new in few.items():
         code = code.replace(old, new)
     exec(compile(code, "docs/audit.md", "exec"), names)
     assert list(names["runs"]) == ["own", "another_sample", "position_mean"]
+    (cups / "vsp").mkdir()
+    write_jsonl(cups / "vsp" / "test_direct.jsonl", [{"text_input": "Plan on <image>."}])
+    exec(compile(levels.replace("100", "2"), "docs/audit.md", "exec"), names)
+    assert [len(board) for board in load_questions("vsp_unseen/levels.jsonl").references] == [7, 7, 8, 8]
 
 
 def test_paper_to_config(backbone_dir, monkeypatch):

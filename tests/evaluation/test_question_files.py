@@ -72,6 +72,49 @@ def test_reference_layout(image_root):
         load_questions(write_jsonl(image_root / "empty.jsonl", []))
 
 
+CHOICES = {"question": "Which?", "options": ["one", "two", "B"], "answer": "two", "image": "board.png", "id": 3}
+
+
+def test_choices(image_root):
+    """Answers by letter, number and text; options by letter; images where they are marked."""
+    rows = [CHOICES, {**CHOICES, "answer": 0}, {**CHOICES, "answer": "(c)"}, {**CHOICES, "answer": "B"}]
+    marked = {"question": "On <image> or <image>?", "choices": ["first", "second"], "answer": 1}
+    rows += [{**marked, "images": ["board.png", "board.png"]}, {**marked, "question": "Yes?"}]
+    questions = load_questions(write_jsonl(image_root / "choices.jsonl", rows))
+    # "B" is an option's text here, and so is what it says
+    assert questions.references == ["B", "A", "C", "C", "B", "B"] and questions.metric_name == "multiple_choice"
+    assert questions.score(["\\boxed{B}"] * 6)["accuracy"] == 0.5
+    image, text = questions.dataset[0]["messages"][0]["content"]
+    assert image["type"] == "image" and len(questions.dataset[0]["images"]) == 1
+    assert text["text"].splitlines()[:4] == ["Which?", "A. one", "B. two", "C. B"] and "\\boxed{}" in text["text"]
+    assert json.loads(questions.dataset[0]["metadata"]) == {"options": ["one", "two", "B"], "id": 3}
+    kinds = [part["type"] for part in questions.dataset[4]["messages"][0]["content"]]
+    assert kinds == ["text", "image", "text", "image", "text"]
+    assert load_questions(write_jsonl(image_root / "exact.jsonl", [CHOICES]), metric="boxed_exact_match").metric_name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"answer": "D"}, "line 2: answer: 'D' is no letter from A to C, no number below 3 and no option"),
+        ({"answer": 3}, "answer: 3 is no letter"),
+        ({"answer": True}, "answer: True is no letter"),
+        ({"options": ["one"]}, "options: has 1 options. Give 2 to 10"),
+        ({"options": [1, 2]}, r"options\[0\]: must be a str, got 1"),
+        ({"options": "one, two"}, "options: must be a list"),
+        ({"choices": ["one", "two"]}, "choices: is there beside options"),
+        ({"images": ["board.png"]}, "images: is there beside image"),
+        ({"question": 7}, "question: must be a text, got 7"),
+        ({"question": None}, "question: is missing"),
+        ({"image": "none.png"}, r"image_input\[0\]: there is no file"),
+    ],
+)
+def test_bad_rows_of_choices(image_root, change, message):
+    path = write_jsonl(image_root / "rows.jsonl", [CHOICES, {**CHOICES, **change}])
+    with pytest.raises(ValueError, match=message):
+        load_questions(path)
+
+
 @pytest.mark.parametrize(
     "answer, letter",
     [
