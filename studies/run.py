@@ -22,13 +22,16 @@ import torch
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.evaluation import Evaluator, Questions, follow_donors, run_controls
 from ilvr.tasks.small_qwen import build_small_qwen
-from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, ILVRTrainer, ILVRTrainingConfig, make_prompts
+from ilvr.trainer.rewards import accuracy_reward, format_reward, span_reward
 
 from .study import Study
 
 
 RUNS, RESULTS = Path("runs/studies"), Path("studies/results")
 LOGGED = ("loss", "latent_cosine", "retrieval_at_1", "followed_share", "latent_norm_ratio", "selected_per_span")
+LOGGED += ("reward", "rewards/accuracy/mean", "spans_per_sample", "samples_without_spans", "entropy")
+LOGGED += ("latent_norm_drift", "completions/mean_length")
 
 
 def main() -> None:
@@ -118,12 +121,16 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
         model = ILVRForConditionalGeneration.from_pretrained(source, **arm.model)
         processor = ILVRProcessor.from_pretrained(source, latent_size=model.config.latent_size)
     print(f"\n=== {name}, seed {seed} ===", flush=True)
-    trainer = ILVRTrainer(
-        model,
-        ILVRTrainingConfig(str(folder), **study.settings_of(name, seed)),
-        train_dataset=task.dataset("train", arm.form),
-        processing_class=processor,
-    )
+    data, settings = task.dataset("train", arm.form), study.settings_of(name, seed)
+    trainer: ILVRTrainer | ILVRGRPOTrainer
+    if arm.rewards:
+        known = {"accuracy": accuracy_reward(task.metric), "format": format_reward, "span": span_reward(processor)}
+        rewards, prompts = [known[reward] for reward in arm.rewards], make_prompts(data, task.reference)
+        config = ILVRGRPOConfig(str(folder), **settings)
+        trainer = ILVRGRPOTrainer(model, rewards, config, train_dataset=prompts, processing_class=processor)
+    else:
+        config = ILVRTrainingConfig(str(folder), **settings)
+        trainer = ILVRTrainer(model, config, train_dataset=data, processing_class=processor)
     start = time.perf_counter()
     trainer.train()
     trainer.save_model()

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ilvr.tasks import Task, load_task
-from ilvr.trainer import ILVRTrainingConfig
+from ilvr.trainer import ILVRGRPOConfig, ILVRTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,13 @@ class Arm:
 
     Args:
         form (`str`): of the task's training data and test questions, see [`~ilvr.tasks.Task`].
-        settings (`dict`): of [`ILVRTrainingConfig`], on top of the study's.
+        settings (`dict`): of [`ILVRTrainingConfig`], on top of the study's; with `rewards`, of [`ILVRGRPOConfig`].
         task (`dict`, *optional*): settings of the task that it trains on, on top of the study's.
         after (`str`, *optional*): the arm whose checkpoint is trained further; a new backbone by default.
         backbone (`dict`, *optional*): sizes of a new backbone, on top of the study's.
         model (`dict`, *optional*): settings of the model that training starts with, such as `latent_head`.
         controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
+        rewards (`list[str]`, *optional*): makes it reinforcement learning: `accuracy`, `format`, `span`.
         note (`str`, *optional*): what it is, for the table.
     """
 
@@ -33,6 +34,7 @@ class Arm:
     backbone: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
+    rewards: list[str] = field(default_factory=list)
     note: str = ""
 
 
@@ -77,7 +79,8 @@ class Study:
                 raise ValueError(f"Arm {name} continues {arm.after!r}, which does not come before it.")
             before.append(name)
             try:
-                ILVRTrainingConfig("unused", **study.settings_of(name, seed=0))
+                config = ILVRGRPOConfig if arm.rewards else ILVRTrainingConfig
+                config("unused", **study.settings_of(name, seed=0))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Arm {name} (with `training`): {error}") from error
         return study
@@ -93,7 +96,8 @@ class Study:
 
     def settings_of(self, arm: str, seed: int) -> dict[str, Any]:
         """The training settings of an arm."""
-        return {"seed": seed, **self.training, **self.arms[arm].settings}
+        own = self.arms[arm]
+        return {"seed": seed, **({} if own.rewards else self.training), **own.settings}
 
     def definition_of(self, arm: str, seed: int) -> dict[str, Any]:
         """What the results of an arm follow from, beside the code: its settings, those of the arms that it continues,
@@ -101,7 +105,8 @@ class Study:
         own = vars(self.arms[arm]) | {"settings": self.settings_of(arm, seed)}
         if own["after"] is not None:
             own["after"] = self.definition_of(own["after"], seed)["arm"]
-        named = {name: value for name, value in own.items() if name not in ("note", "controls")}
+        unnamed = ("note", "controls", *(() if own["rewards"] else ("rewards",)))
+        named = {name: value for name, value in own.items() if name not in unnamed}
         found = {"arm": named, "task": self.task_settings, "tests": self.tests, "backbone": self.backbone}
         return json.loads(json.dumps(found))
 

@@ -46,6 +46,23 @@ def load(folder, content) -> Study:
     return Study.load(path)
 
 
+def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path, monkeypatch):
+    settings = {**SHIFTS["arms"]["grpo_recompute"]["settings"], "max_steps": 2, "logging_steps": 1}
+    settings |= {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 8}
+    arm = {**SHIFTS["arms"]["grpo_recompute"], "task": {"lengths": [1, 2]}, "settings": settings}
+    for module in (run, page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    study = load(tmp_path, {**TINY, "arms": {**TINY["arms"], "grpo": arm}})
+    assert "rewards" not in study.definition_of("stage2", 0)["arm"]
+    assert "teacher_decay" not in study.settings_of("grpo", 0)
+    run.run(study, "grpo", 0)
+    result = page.load(study)["grpo"][0]
+    assert len(result["log"]) == 2
+    assert {"reward", "rewards/accuracy/mean", "spans_per_sample"} <= set(result["log"][-1])
+    assert "donor" in result["tests"]["trained"]["controls"]
+
+
 def test_the_study_of_shifts_is_valid():
     study = Study.load("studies/shifts.yaml")
     assert list(study.arms)[:2] == ["base", "answer_only"] and study.settings_of("stage2", 3)["seed"] == 3
