@@ -209,6 +209,10 @@ def _push(parser: Parser) -> None:
     parser.add("--revision", help="branch to upload to, created if there is none; by default main")
     parser.add("--tag", help="name of a tag for what is uploaded")
     parser.add("--message", help="of the commit")
+    parser.add("--space", help="USER/NAME of a Space that shows the model in `ilvr demo`; it goes up, too")
+    parser.add("--space_package", help="what pip installs ILVR from in the Space; by default this version on PyPI")
+    parser.add("--task", help="task of ilvr.tasks that the Space offers examples of")
+    parser.add("--task_settings", default="{}", help="settings of the task, as JSON")
     _add_json(parser)
 
 
@@ -264,7 +268,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "push": (
         "upload a checkpoint to the Hub, with the token of `hf auth login`",
         "examples:\n  ilvr push runs/ilvr/stage2 USER/NAME --dry_run\n"
-        "  ilvr push runs/ilvr/stage2 USER/NAME --private --tag v1",
+        "  ilvr push runs/ilvr/stage2 USER/NAME --private --tag v1\n"
+        "  ilvr push runs/ilvr/stage2 USER/NAME --space USER/NAME-demo --task shifts",
         _push,
     ),
     "convert": (

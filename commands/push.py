@@ -1,7 +1,12 @@
-"""`ilvr push MODEL_DIR REPO_ID`: uploads a checkpoint in one commit, with no file that runs code when it is read."""
+"""`ilvr push MODEL_DIR REPO_ID`: uploads a checkpoint in one commit, with no file that runs code when it is read.
+
+With `--space` a Space that shows it goes up, too.
+"""
 
 import json
 from argparse import Namespace
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from ilvr.hub_cards import ILVRModelCard
 from ilvr.trainer.running.checkpoints import MANIFEST
 from ilvr.trainer.teacher import TEACHER_FILE
+
+from .space import space_files
 
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".md", ".png")
@@ -74,12 +81,20 @@ def run(options: Namespace) -> int:
         operations.append(CommitOperationAdd(name, text.encode()))
     sizes = {operation.path_in_repo: operation.upload_info.size for operation in operations}
     where = {"repo_id": options.repo_id, "revision": options.revision or "main", "private": options.private}
+    page = {}
+    if options.space is not None:
+        page = space_files(options.repo_id, options.space_package, options.task, options.task_settings)
     url = None if options.dry_run else upload(operations, options)
+    if page and not options.dry_run:
+        upload_space(page, options)
     if options.json:
-        print(json.dumps({**where, "tag": options.tag, "files": sizes, "left_out": files.left, "url": url}, indent=2))
+        found = {**where, "tag": options.tag, "files": sizes, "left_out": files.left, "url": url}
+        print(json.dumps({**found, "space": options.space, "space_files": page}, indent=2))
         return 0
     for name, size in sizes.items():
         print(f"  {name:<32}{size:>15,} bytes")
+    for name, text in page.items():
+        print(f"  {name:<32}{len(text.encode()):>15,} bytes, of the Space {options.space}")
     for name, reason in files.left.items():
         print(f"  {name:<32}{'left out:':>15} {reason}")
     print(
@@ -96,11 +111,11 @@ def upload(operations: list[CommitOperationAdd], options: Namespace) -> str:
 
     Raises:
         ValueError: if there is no token, or the Hub refuses it.
+        ConnectionError: if the Hub fails.
     """
-    if get_token() is None:
-        raise ValueError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN.")
+    check_token()
     api = HfApi(library_name="ilvr")
-    try:
+    with clear_errors(options.repo_id):
         api.create_repo(options.repo_id, private=options.private or None, exist_ok=True)
         if options.revision is not None:
             api.create_branch(options.repo_id, branch=options.revision, exist_ok=True)
@@ -108,11 +123,40 @@ def upload(operations: list[CommitOperationAdd], options: Namespace) -> str:
         commit = api.create_commit(options.repo_id, operations, commit_message=message, revision=options.revision)
         if options.tag is not None:
             api.create_tag(options.repo_id, tag=options.tag, revision=commit.oid)
+    return commit.commit_url
+
+
+def upload_space(page: dict[str, str], options: Namespace) -> None:
+    """Creates the Space, if there is none, and uploads its files in one commit; errors are those of [`upload`]."""
+    api = HfApi(library_name="ilvr")
+    operations = [CommitOperationAdd(name, text.encode()) for name, text in page.items()]
+    with clear_errors(options.space):
+        api.create_repo(
+            options.space, repo_type="space", space_sdk="gradio", private=options.private or None, exist_ok=True
+        )
+        message = f"Show {options.repo_id} with ilvr"
+        api.create_commit(options.space, operations, repo_type="space", commit_message=message)
+
+
+def check_token() -> None:
+    if get_token() is None:
+        raise ValueError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN.")
+
+
+@contextmanager
+def clear_errors(repo_id: str) -> Generator[None]:
+    """Says what to do about an answer of the Hub that is an error."""
+    try:
+        yield
     except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
+        status = error.response.status_code
+        if status in (401, 403):
             raise ValueError(
-                f"The Hub refuses the token for {options.repo_id}. It has to be one that may write there: "
-                "`hf auth login`."
+                f"The Hub refuses the token for {repo_id}. It has to be one that may write there: `hf auth login`."
+            ) from error
+        if status >= 500:
+            raise ConnectionError(
+                f"The Hub failed with status {status} on {repo_id}. A commit is there as a whole or not at all: run "
+                "the command again; files that are there are not sent twice."
             ) from error
         raise
-    return commit.commit_url

@@ -1,6 +1,6 @@
 """A small server that speaks the part of the Hub's protocol that pushing and loading a repository need.
 
-Standard library only. Everything is kept in memory; files go up "regular", as base64 within the commit.
+Standard library only. Everything is kept in memory; files go up "regular", as base64 within the commit, or by LFS.
 """
 
 import base64
@@ -15,11 +15,15 @@ class HubServer(ThreadingHTTPServer):
     """`with HubServer() as url:` serves the Hub's API there; `server.repos` maps repo ids to {path: bytes}.
 
     What else was asked for is in `private` (repo ids), `refs` (branches and tags, with what they were made from) and
-    `commits` (the branch of each). A `token`, if there is one, is the only one that may write.
+    `commits` (the branch of each). A `token`, if there is one, is the only one that may write. Files of more than
+    `lfs_above` bytes go up by LFS, to `blobs`. `failures` are paths whose next request is answered with status 500.
     """
 
-    def __init__(self, token: str | None = None):
+    def __init__(self, token: str | None = None, lfs_above: int | None = None):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.lfs_above = lfs_above
+        self.blobs: dict[str, bytes] = {}
+        self.failures: list[str] = []
         self.repos: dict[str, dict[str, bytes]] = {}
         self.token = token
         self.private: set[str] = set()
@@ -67,33 +71,66 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
+    def _fails(self) -> bool:
+        failures = self.server.failures
+        if not any(path in self.path for path in failures):
+            return False
+        failures.remove(next(path for path in failures if path in self.path))
+        self._reply({"error": "Internal Server Error"}, 500)
+        return True
+
+    def do_PUT(self):
+        body = self._body()
+        if self._fails():
+            return None
+        assert hashlib.sha256(body).hexdigest() == self.path.removeprefix("/blobs/")
+        self.server.blobs[self.path.removeprefix("/blobs/")] = body
+        return self._reply({})
+
     def do_POST(self):
         body, repos = self._body(), self.server.repos
+        if self._fails():
+            return None
         if self.server.token is not None and self.headers["Authorization"] != f"Bearer {self.server.token}":
             return self._reply({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
             request = json.loads(body)
             repo = f"{request.get('organization') or 'user'}/{request['name']}"
             repos.setdefault(repo, {})
+            if request.get("type") == "space":
+                assert request["sdk"] == "gradio"
             if request.get("visibility") == "private":
                 self.server.private.add(repo)
             return self._reply({"url": f"http://{self.headers['Host']}/{repo}", "id": repo, "name": repo})
         if self.path == "/api/validate-yaml":
             return self._reply({"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/api/models/(.+)/preupload/[^/]+", self.path):
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+        if match := re.fullmatch(r"/api/(?:models|spaces)/(.+)/preupload/[^/]+", self.path):
+            above = self.server.lfs_above
+            files = [
+                {**file, "uploadMode": "regular" if above is None or file["size"] <= above else "lfs"}
+                for file in json.loads(body)["files"]
+            ]
+            files = [{**file, "shouldIgnore": False} for file in files]
             return self._reply({"files": [{k: f[k] for k in ("path", "uploadMode", "shouldIgnore")} for f in files]})
+        if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", self.path):
+            objects = [
+                {**file, "actions": {"upload": {"href": f"http://{self.headers['Host']}/blobs/{file['oid']}"}}}
+                for file in json.loads(body)["objects"]
+            ]
+            return self._reply({"transfer": "basic", "objects": objects})
         if match := re.fullmatch(r"/api/models/(.+)/(branch|tag)/(.+)", self.path):
             name = json.loads(body)["tag"] if match[2] == "tag" else match[3]
             self.server.refs[name] = match[3] if match[2] == "tag" else None
             return self._reply({})
-        if match := re.fullmatch(r"/api/models/(.+)/commit/([^/]+)", self.path):
+        if match := re.fullmatch(r"/api/(?:models|spaces)/(.+)/commit/([^/]+)", self.path):
             repo = match[1]
             self.server.commits.append(match[2])
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     repos[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                elif entry["key"] == "lfsFile":
+                    repos[repo][entry["value"]["path"]] = self.server.blobs[entry["value"]["oid"]]
                 elif entry["key"] == "deletedFile":
                     repos[repo].pop(entry["value"]["path"], None)
             sha = self.server.sha(repo)
@@ -116,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, data in files.items()
             ]
             return self._reply([] if match[2] else entries)
-        if match := re.fullmatch(r"/api/models/(.+?)(/revision/[^/]+)?", path):
+        if match := re.fullmatch(r"/api/(?:models|spaces)/(.+?)(/revision/[^/]+)?", path):
             if match[1] not in repos:
                 return self._missing("RepoNotFound")
             siblings = [{"rfilename": name} for name in repos[match[1]]]

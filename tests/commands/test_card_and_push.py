@@ -2,19 +2,22 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import yaml
-from helpers import make_trainer
+from helpers import make_trainer, run_without_ilvr
 from hub_server import HubServer
 
 from ilvr.hub_cards import ILVRModelCard, Result
 from ilvr.hub_cards.model_card import CARD_DATA
 from ilvr_commands.main import main
 from ilvr_commands.push import choose_files
+from ilvr_commands.space import space_files
 
 
 @pytest.fixture
@@ -145,3 +148,75 @@ def test_push_needs_a_token_that_may_write(folder, tmp_path, token, message):
         done = push(url, tmp_path / "home", str(folder), "user/tiny", token=token)
     lines = [line for line in done.stderr.splitlines() if line.startswith("ilvr push: ")]
     assert done.returncode == 2 and len(lines) == 1 and message in lines[0] and not server.repos
+
+
+def test_files_that_are_large_go_by_lfs_and_are_found_by_their_commit(folder, tmp_path):
+    """In a clean process, without ILVR: refused without `trust_remote_code`, loaded by the commit with it."""
+    server = HubServer(token="hf_mine", lfs_above=20_000)
+    with server as url:
+        done = push(url, tmp_path / "home", str(folder), "user/tiny")
+        assert done.returncode == 0, done.stderr
+        weights = (folder / "model.safetensors").read_bytes()
+        assert weights in server.blobs.values() and server.repos["user/tiny"]["model.safetensors"] == weights
+        out = run_without_ilvr(
+            f"""
+from transformers import AutoModelForImageTextToText
+commit = {server.sha("user/tiny")!r}
+try:
+    AutoModelForImageTextToText.from_pretrained("user/tiny", revision=commit, trust_remote_code=False)
+except ValueError as error:
+    print("trust_remote_code=True" in str(error))
+model = AutoModelForImageTextToText.from_pretrained("user/tiny", revision=commit, trust_remote_code=True)
+print(type(model).__name__, model.config._commit_hash == commit)
+""",
+            tmp_path / "modules",
+            HF_ENDPOINT=url,
+            HF_HOME=str(tmp_path / "clean"),
+            HF_HUB_OFFLINE="0",
+        )
+    assert out.splitlines()[-2:] == ["True", "ILVRForConditionalGeneration True"]
+
+
+@pytest.mark.parametrize("path", ["/blobs/", "/commit/"])
+def test_a_hub_that_fails_midway_leaves_nothing_half_done(folder, tmp_path, path):
+    server = HubServer(token="hf_mine", lfs_above=20_000)
+    server.failures = [path] * 9  # the client tries uploads again, five times
+    with server as url:
+        done = push(url, tmp_path / "home", str(folder), "user/tiny")
+        assert done.returncode != 0 and not server.repos["user/tiny"] and not server.commits
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("ilvr push: ")]
+        if path == "/commit/":
+            assert "The Hub failed with status 500 on user/tiny" in line and "run the command again" in line
+        server.failures = []
+        assert push(url, tmp_path / "home", str(folder), "user/tiny").returncode == 0
+    assert set(server.repos["user/tiny"]) == set(choose_files(folder).chosen)
+
+
+def test_a_space_goes_up_beside_the_model(folder, tmp_path, capsys):
+    space = ["--space", "user/tiny-demo", "--task", "shifts", "--task_settings", '{"boards": 1, "test_boards": 2}']
+    assert main(["push", str(folder), "user/tiny", "--dry_run", "--json", *space]) == 0
+    texts = json.loads(capsys.readouterr().out)["space_files"]
+    server = HubServer(token="hf_mine")
+    with server as url:
+        done = push(url, tmp_path / "home", str(folder), "user/tiny", *space, "--space_package", "ilvr[demo] @ here")
+    assert done.returncode == 0, done.stderr
+    files = server.repos["user/tiny-demo"]
+    assert set(files) == set(texts) == {"README.md", "app.py", "requirements.txt"}
+    matter = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert (matter["sdk"], matter["models"], matter["app_file"]) == ("gradio", ["user/tiny"], "app.py")
+    assert files["requirements.txt"].startswith(b"ilvr[demo] @ here\ntransformers==")
+    assert server.commits == ["main", "main"] and "of the Space user/tiny-demo" in done.stdout
+
+
+def test_the_app_of_a_space_serves_its_page(folder, tmp_path):
+    settings = '{"boards": 1, "test_boards": 2, "lengths": [2, 3]}'
+    (tmp_path / "app.py").write_text(space_files(str(folder), task="shifts", settings=settings)["app.py"])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port)}
+    command = [sys.executable, str(tmp_path / "app.py")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as app:
+        assert any("shows the page" in line for line in app.stderr)
+        with urlopen(f"http://127.0.0.1:{port}/") as answer:
+            assert b"look into the latents" in answer.read()
+        app.terminate()
