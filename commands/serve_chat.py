@@ -7,7 +7,8 @@ image, and lets any client load and unload models.
 import base64
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -41,7 +42,7 @@ class OneModel(ModelManager):
     def get_model_modality(self, *args: Any, **kwargs: Any) -> Modality:
         return Modality.VLM
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def get_gen_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": ""}]
 
 
@@ -57,13 +58,13 @@ class SentImages(BaseHandler):
             parsed = BaseHandler.get_processor_inputs_from_messages(messages, modality)
         except (AttributeError, KeyError, TypeError) as error:
             detail = f"The messages are not in the form of OpenAI's chat ({type(error).__name__}: {error})."
-            raise HTTPException(422, detail) from error
+            raise HTTPException(400, detail) from error
         for number, message in enumerate(parsed):
             for part in message["content"]:
                 if part["type"] == "image":
                     self._open(part, f"The image of message {number}")
                 elif part["type"] != "text":
-                    raise HTTPException(422, f"Message {number} has a part of type {part['type']}: not text or image.")
+                    raise HTTPException(400, f"Message {number} has a part of type {part['type']}: not text or image.")
         return parsed
 
     def _open(self, part: dict[str, Any], name: str) -> None:
@@ -73,7 +74,7 @@ class SentImages(BaseHandler):
         kind, _, data = address.partition(",")
         if not (kind.startswith("data:image/") and kind.endswith(";base64")):
             fetched = "" if self.fetch_images else " Addresses are loaded by a server started with --fetch_images."
-            raise HTTPException(422, f"{name} is no data URL. Send data:image/png;base64,… .{fetched}")
+            raise HTTPException(400, f"{name} is no data URL. Send data:image/png;base64,… .{fetched}")
         try:
             image = {"bytes": base64.b64decode(data, validate=True)}
             width, height = image_size(image, name)
@@ -81,7 +82,7 @@ class SentImages(BaseHandler):
                 raise ValueError(f"{name} has {width} x {height} pixels. Shrink it to {MAX_MEGAPIXELS} megapixels.")
             part["image"] = open_image(image, name)
         except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+            raise HTTPException(400, str(error)) from error
         del part["url"]
 
 
@@ -123,5 +124,12 @@ def build_app(
         generation_state=state,
         enable_cors=allow_cors,
     )
+    app.add_exception_handler(HTTPException, _as_openai)
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     return app
+
+
+async def _as_openai(request: Request, error: Any) -> JSONResponse:
+    """An error in the form in which clients look for its message."""
+    detail = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
+    return JSONResponse({"error": detail}, status_code=error.status_code)

@@ -94,8 +94,8 @@ class ChunkGradients:
         checkpointed (`list[nn.Module]`): its layers that are checkpointed.
     """
 
-    # The context in which a weight's gradient is made once for all chunks (`weight_gradients.py`). The package sets it,
-    # and it does not travel with checkpoints: without it autograd makes as many gradients as there are chunks.
+    # The context in which a weight's gradient is made once for all chunks (`weight_gradients.py`), set by the package.
+    # It does not travel with checkpoints: without it autograd makes as many gradients as there are chunks.
     gather: ClassVar[type[AbstractContextManager] | None] = None
 
     def __init__(self, core: PreTrainedModel, checkpointed: list[nn.Module]) -> None:
