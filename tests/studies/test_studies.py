@@ -60,7 +60,7 @@ def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path, monkeypatch):
     result = page.load(study)["grpo"][0]
     assert len(result["log"]) == 2
     assert {"reward", "rewards/accuracy/mean", "spans_per_sample"} <= set(result["log"][-1])
-    assert "donor" in result["tests"]["trained"]["controls"]
+    assert "another_sample" in result["tests"]["trained"]["controls"]
 
 
 def test_the_study_of_shifts_is_valid():
