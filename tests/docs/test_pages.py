@@ -104,7 +104,8 @@ run("docs/hub.md", {{"train": make_dataset()}})
 def test_serving(cups, capsys):
     run("docs/serving.md", {})
     assert [block.reason for block in blocks("docs/serving.md") if block.reason] == [
-        "it starts a server, and needs the packages of transformers[serving]"
+        "it serves until it is interrupted",
+        "it needs the server",
     ]
 
 
