@@ -3,6 +3,7 @@
 import socket
 import sys
 from argparse import Namespace
+from contextlib import suppress
 
 import uvicorn
 
@@ -21,5 +22,6 @@ def run(options: Namespace) -> int:
         host, port = listener.getsockname()[:2]
         print(f"http://{host}:{port}/v1 serves {name}; Ctrl-C ends it.", file=sys.stderr, flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # which uvicorn sends on, or not, when it has shut down
+            server.run(sockets=[listener])
     return 0
