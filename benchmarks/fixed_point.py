@@ -35,7 +35,7 @@ def main():
     model.model.core.get_encoder(modality="image").requires_grad_(False)  # as in training
     processor = ILVRProcessor.from_pretrained(options.model)
     dataset = prepare_dataset(load_task(options.task, **options.task_settings).dataset("test"), processor, stage=2)
-    print("| batch | tokens, latents a row | way | time over the floor | forwards | products | gradient's error |")
+    print("| batch | tokens, latents a row | way | time over the floor | forwards | backwards | gradient's error |")
     print("|---|---|---|---|---|---|---|")
     for size in options.batch_sizes:
         batch = LatentBatch.of(LatentDataCollator(processor, helper_images=False)([dataset[i] for i in range(size)]))
@@ -76,7 +76,7 @@ def compare(model, batch, rounds: int) -> list[str]:
 
 
 def count_passes(model, run) -> tuple[int, int]:
-    """How often the first decoder layer runs, forwards and backwards."""
+    """How often the last decoder layer runs, forwards and backwards."""
     calls = {"forward": 0, "backward": 0}
 
     def count(kind):

@@ -81,6 +81,11 @@ def _add_model_options(parser: Parser) -> None:
     parser.add("--attn_implementation", help="eager, sdpa, …")
 
 
+def _add_address(parser: Parser, port: int) -> None:
+    parser.add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
+    parser.add("--port", type=int, default=port, help="port to listen at")
+
+
 def _add_questions(parser: Parser) -> None:
     parser.add("--output", required=True, help="folder of records and results")
     parser.add("--task", help="task of ilvr.tasks, or package.module:Class")
@@ -167,8 +172,7 @@ def _demo(parser: Parser) -> None:
     parser.add("--task_settings", default="{}", help="settings of the task, as JSON")
     parser.add("--examples", type=int, default=24, help="test questions to choose from, evenly spread")
     parser.add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
-    parser.add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
-    parser.add("--port", type=int, default=7860, help="port to listen at")
+    _add_address(parser, port=7860)
     parser.add("--share", action="store_true", help="also give the page a public address, by Gradio's servers")
     _add_model_options(parser)
 
@@ -176,8 +180,7 @@ def _demo(parser: Parser) -> None:
 def _serve(parser: Parser) -> None:
     parser.add("model", help="folder or Hub id of an ILVR checkpoint")
     parser.add("--served_model_name", help="by which requests ask for the model; by default as it is given here")
-    parser.add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
-    parser.add("--port", type=int, default=8000, help="port to listen at")
+    _add_address(parser, port=8000)
     parser.add("--fetch_images", action="store_true", help="also load images from the http(s) addresses of requests")
     parser.add("--cors", action="store_true", help="let pages of other sites send requests")
     _add_model_options(parser)

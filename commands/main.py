@@ -7,11 +7,11 @@ from .arguments import build_parser
 
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 as shells do: 128 + SIGINT
-EXTRAS = {
+EXTRAS = {  # what each installs that a command may miss
     "eval": ("evaluate", "gymnasium", "matplotlib"),
     "demo": ("gradio",),
     "serve": ("fastapi", "openai", "pydantic", "uvicorn"),
-}  # what each extra installs that a command may miss
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -113,7 +113,8 @@ def upload(operations: list[CommitOperationAdd], options: Namespace) -> str:
         ValueError: if there is no token, or the Hub refuses it.
         ConnectionError: if the Hub fails.
     """
-    check_token()
+    if get_token() is None:
+        raise ValueError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="ilvr")
     with clear_errors(options.repo_id):
         api.create_repo(options.repo_id, private=options.private or None, exist_ok=True)
@@ -136,11 +137,6 @@ def upload_space(page: dict[str, str], options: Namespace) -> None:
         )
         message = f"Show {options.repo_id} with ilvr"
         api.create_commit(options.space, operations, repo_type="space", commit_message=message)
-
-
-def check_token() -> None:
-    if get_token() is None:
-        raise ValueError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN.")
 
 
 @contextmanager

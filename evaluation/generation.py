@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.data import prompt_of
@@ -80,14 +81,7 @@ def answer_conversations(
         `list[Answer]`: one for each conversation.
     """
     model.eval()
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device)
+    inputs = encode_prompts(processor, conversations).to(model.device)
     settings = {**GREEDY, **generate_kwargs, "return_dict_in_generate": True}
     if output_latents:
         settings["output_latents"] = True
@@ -98,6 +92,18 @@ def answer_conversations(
     texts = processor.batch_decode(new_ids, skip_special_tokens=True)
     latents = output.latents if output_latents else [None] * len(texts)
     return [Answer(*row) for row in zip(texts, lengths, spans, finished, latents)]
+
+
+def encode_prompts(processor: ILVRProcessor, conversations: list[list[dict[str, Any]]]) -> BatchFeature:
+    """What `generate` takes, for conversations that an answer is to follow."""
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
 
 
 def _lengths(new_ids: torch.Tensor, end_ids: int | list[int] | None) -> tuple[list[int], list[bool]]:

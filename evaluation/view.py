@@ -13,6 +13,7 @@ from transformers.image_utils import load_image
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.data.conversations import last_boxed
 
+from .generation import encode_prompts
 from .pictures import LatentFigure, Panel, latent_figure, patch_similarity, shorten
 
 
@@ -108,15 +109,7 @@ def images_of(conversation: Sequence[dict[str, Any]]) -> list[Image.Image]:
 
 def answers_in(processor: ILVRProcessor, conversations: list[Any], output: Any) -> list[str]:
     """The generated words of each row, which begins with the prompt made of its conversation."""
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-    prompts = inputs["input_ids"]  # (B, T)
+    prompts = encode_prompts(processor, conversations)["input_ids"]  # (B, T)
     starts = output.sequences[:, : prompts.shape[1]].to(prompts.device)
     if not torch.equal(starts, prompts):
         raise ValueError(

@@ -374,11 +374,11 @@ def fill_by_fixed_point(
     with checkpointing_with_cache(core):
         tail = LatentTail.of(ChunkForward(core, sequences), latent_head)
         with torch.no_grad():
-            inputs, residual = tail.fill(tail.first), torch.inf
+            inputs = tail.fill(tail.first)
             for _ in range(num_latents):
                 before, inputs = inputs, tail.fill(tail.predict(tail.iterate(inputs)))
-                residual = (inputs - before).norm() / (inputs * sequences.is_latent[:, tail.start :, None]).norm()
-                if residual <= tolerance:
+                latents = inputs * sequences.is_latent[:, tail.start :, None]
+                if (inputs - before).norm() <= tolerance * latents.norm():
                     break
         latents = inputs[:, 1 : tail.stop - tail.start + 1].detach().requires_grad_(torch.is_grad_enabled())
         inputs = tail.fill(torch.cat([tail.first, latents], dim=1))
