@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ilvr
+from ilvr.latent_filling import ChunkGradients
 from ilvr.weight_gradients import GatheredWeightGradients
 
 
@@ -104,6 +105,7 @@ def test_what_travels_trains_without_it(model, processor, tmp_path):
     travels = {file.name for file in (tmp_path / "model").glob("*.py")}
     stays = {file.name for file in Path(ilvr.__file__).parent.glob("*.py")} - travels
     assert stays == {"__init__.py", "weight_gradients.py"}
+    assert ChunkGradients.gather is GatheredWeightGradients  # in the package, where the walk makes use of it
     inputs = encode(processor, SPAN_SAMPLES)
     torch.save(dict(inputs), tmp_path / "inputs.pt")
     expected = gradients_of(model, next_token_loss(model(**inputs).logits, inputs))
