@@ -17,7 +17,7 @@ from ilvr.evaluation.statistics import mcnemar, paired_difference
 from .study import Study
 
 
-RESULTS, PAGE = Path("studies/results"), Path("docs/evidence.md")
+PAGE = Path("docs/evidence.md")
 CONTROLS = {
     "another_sample": "another sample's",
     "position_mean": "mean",
@@ -46,7 +46,7 @@ def load(study: Study) -> Found:
     """All results of a study, the arms in their order."""
     found: Found = {}
     for name in study.arms:
-        files = sorted((RESULTS / study.name).glob(f"{name}-*.json"))
+        files = sorted((study.results / study.name).glob(f"{name}-*.json"))
         own = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         if kept := {result["seed"]: result for result in own if result["arm"] == name}:
             found[name] = kept

@@ -3,6 +3,7 @@
     python -m studies.run studies/shifts.yaml --seeds 0 1 2
     python -m studies.run studies/shifts.yaml --seeds 0 --arms answer_only stage1
     python -m studies.run studies/shifts.yaml --seeds 0 1 2 --processes 12    # arms at once, on a GPU or many cores
+    python -m studies.run studies/shifts.yaml --rehearse    # two steps an arm: does this machine have what it takes?
 
 Checkpoints go to `runs/studies/NAME/SEED/ARM`, what was measured to `studies/results/NAME/ARM-SEED.json`, of which
 `python -m studies.page` makes the tables.
@@ -12,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import subprocess
+import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -28,7 +30,6 @@ from ilvr.trainer.rewards import accuracy_reward, format_reward, span_reward
 from .study import Study
 
 
-RUNS, RESULTS = Path("runs/studies"), Path("studies/results")
 LOGGED = ("loss", "latent_cosine", "retrieval_at_1", "followed_share", "latent_norm_ratio", "selected_per_span")
 LOGGED += ("reward", "rewards/accuracy/mean", "spans_per_sample", "samples_without_spans", "entropy")
 LOGGED += ("latent_norm_drift", "completions/mean_length")
@@ -40,17 +41,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", help="by default all; with each come those that it continues")
     parser.add_argument("--processes", type=int, default=1, help="arms that are trained and tested at once")
+    parser.add_argument("--rehearse", action="store_true", help="two steps and eight questions an arm; keeps nothing")
     options = parser.parse_args()
     study = Study.load(options.study)
     unknown = set(options.arms or ()) - set(study.arms)
     if unknown:
         parser.error(f"there are no arms {sorted(unknown)}; choose from {list(study.arms)}")
-    if options.processes == 1:
-        for seed in options.seeds:
-            for arm in options.arms or study.arms:
-                run(study, arm, seed)
-    else:
-        run_at_once(study, options.arms or list(study.arms), options.seeds, options.processes)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.rehearse:
+            study = study.rehearsal(Path(folder))
+        run_all(study, options.arms or list(study.arms), options.seeds, options.processes)
+
+
+def run_all(study: Study, arms: list[str], seeds: list[int], processes: int) -> None:
+    """Runs arms one after the other, or in several processes."""
+    if processes > 1:
+        run_at_once(study, arms, seeds, processes)
+        return
+    for seed in seeds:
+        for arm in arms:
+            run(study, arm, seed)
 
 
 def run_at_once(study: Study, arms: list[str], seeds: list[int], processes: int) -> None:
@@ -89,8 +99,8 @@ def run_at_once(study: Study, arms: list[str], seeds: list[int], processes: int)
 
 def run(study: Study, name: str, seed: int) -> Path:
     """Trains and tests an arm, unless it was; returns the folder of its checkpoint."""
-    folder = RUNS / study.name / str(seed) / name
-    result = RESULTS / study.name / f"{name}-{seed}.json"
+    folder = study.runs / study.name / str(seed) / name
+    result = study.results / study.name / f"{name}-{seed}.json"
     if result.exists() and json.loads(result.read_text()).get("definition") != study.definition_of(name, seed):
         raise ValueError(
             f"{result} is of another definition of {name} than {study.name} has now. Remove it, and {folder}."
@@ -122,6 +132,8 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
         processor = ILVRProcessor.from_pretrained(source, latent_size=model.config.latent_size)
     print(f"\n=== {name}, seed {seed} ===", flush=True)
     data, settings = task.dataset("train", arm.form), study.settings_of(name, seed)
+    if study.training_samples is not None:
+        data = data.select(range(min(study.training_samples, len(data))))
     trainer: ILVRTrainer | ILVRGRPOTrainer
     if arm.rewards:
         known = {"accuracy": accuracy_reward(task.metric), "format": format_reward, "span": span_reward(processor)}

@@ -1,7 +1,7 @@
 """A study as its YAML file says it: a task, tests, and arms that differ from each other in one thing."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Study:
         controlled (`int`): test samples that controls are run on.
         arms (`dict[str, Arm]`): by name; those that an arm continues come before it.
         batch_size (`int`), max_new_tokens (`int`): of the tests.
+        training_samples (`int`, *optional*): the first of the task's to train on; all by default.
+        runs (`Path`), results (`Path`): folders of checkpoints and of what was measured.
     """
 
     name: str
@@ -63,6 +65,9 @@ class Study:
     arms: dict[str, Arm]
     batch_size: int = 125
     max_new_tokens: int = 160
+    training_samples: int | None = None
+    runs: Path = Path("runs/studies")
+    results: Path = Path("studies/results")
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":
@@ -84,6 +89,19 @@ class Study:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Arm {name} (with `training`): {error}") from error
         return study
+
+    def rehearsal(self, folder: Path) -> "Study":
+        """The same arms with two steps and eight questions, in a folder of their own: what fails, fails in minutes."""
+        few = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+        few |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+        short = {"num_generations": 2, "max_completion_length": 8}
+        arms = {
+            name: replace(arm, settings={**arm.settings, **few, **(short if arm.rewards else {})})
+            for name, arm in self.arms.items()
+        }
+        tests = {name: {**own, "samples": 8} for name, own in self.tests.items()}
+        places = {"runs": folder / "runs", "results": folder / "results"}
+        return replace(self, arms=arms, tests=tests, controlled=4, training_samples=16, **places)
 
     def with_those_before(self, names: list[str]) -> list[str]:
         """Arms, each behind those that it continues."""

@@ -1,6 +1,7 @@
 """Studies: files of arms, runs that are resumed, and the tables of their page."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,26 +34,20 @@ TINY["training"] |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
-    for module in (run, page):
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+def study(tmp_path):
     return load(tmp_path, TINY)
 
 
 def load(folder, content) -> Study:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return Study.load(path)
+    return replace(Study.load(path), runs=folder / "runs", results=folder / "results")
 
 
-def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path, monkeypatch):
+def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path):
     settings = {**SHIFTS["arms"]["grpo_recompute"]["settings"], "max_steps": 2, "logging_steps": 1}
     settings |= {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 8}
     arm = {**SHIFTS["arms"]["grpo_recompute"], "task": {"lengths": [1, 2]}, "settings": settings}
-    for module in (run, page):
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     study = load(tmp_path, {**TINY, "arms": {**TINY["arms"], "grpo": arm}})
     assert "rewards" not in study.definition_of("stage2", 0)["arm"]
     assert "teacher_decay" not in study.settings_of("grpo", 0)
@@ -97,6 +92,22 @@ def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypat
     assert f"| stage2 | {study.arms['stage2'].note} |" in report and "| 98 %" not in report
 
 
+def test_a_rehearsal_runs_each_arm_and_keeps_nothing(tmp_path, monkeypatch, capsys):
+    """As large as the study's models, few steps; checkpoints and results of the study itself are not touched."""
+    arms = {name: SHIFTS["arms"][name] for name in (*KEPT, "oracle", "grpo_replay")}
+    content = {**TINY, "arms": arms, "training": {**SHIFTS["training"], "disable_tqdm": True}}
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(run, "commit", lambda: "abc")
+    monkeypatch.setattr("sys.argv", ["run", "study.yaml", "--rehearse"])
+    run.main()
+    printed = capsys.readouterr().out
+    assert all(f"\n{arm}, seed 0: trained " in printed for arm in arms)
+    assert [path.name for path in here.iterdir()] == ["study.yaml"]
+
+
 def results(arm, seed, right, controls=None):
     trained = {"right": right, "groups": ["4 shifts"] * len(right), "tokens": 1, "spans": 1}
     longer = {"right": "1", "groups": ["12 shifts"], "tokens": 1, "spans": 1}
@@ -137,7 +148,8 @@ def test_the_page_is_rewritten_between_its_marks(study, tmp_path, monkeypatch):
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- results: tiny -->\nold\n<!-- /results: tiny -->\nafter\n")
     monkeypatch.setattr(page, "PAGE", document)
-    folder = tmp_path / "results" / "tiny"
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "studies" / "results" / "tiny"
     folder.mkdir(parents=True)
     (folder / "base-0.json").write_text(json.dumps(results("base", 0, "10")))
     monkeypatch.setattr("sys.argv", ["page", str(tmp_path / "study.yaml")])
@@ -153,12 +165,11 @@ def test_arms_are_run_in_several_processes(study, tmp_path, monkeypatch, capfd):
     """Each after the one that it continues; one that fails takes those with it that continue it, and no others."""
     run.run_at_once(study, ["stage2", "answer_only"], [0, 1], processes=3)
     assert {arm: sorted(runs) for arm, runs in page.load(study).items()} == dict.fromkeys(KEPT, [0, 1])
+    others = replace(study, runs=tmp_path / "others", results=tmp_path / "others")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "RESULTS", tmp_path / "others")
-        patch.setattr(run, "RUNS", tmp_path / "others")
         patch.setattr(run, "measure", fails_for_stage1)
         with pytest.raises(RuntimeError, match=r"Failed: \[\('stage1', 0\)\]; not run: \[\('stage2', 0\)\]"):
-            run.run_at_once(study, ["stage2", "answer_only"], [0], processes=2)
+            run.run_at_once(others, ["stage2", "answer_only"], [0], processes=2)
         assert sorted(file.name for file in (tmp_path / "others" / "tiny").glob("*.json")) == [
             "answer_only-0.json",
             "base-0.json",
