@@ -23,7 +23,8 @@ class Arm:
         backbone (`dict`, *optional*): sizes of a new backbone, on top of the study's.
         model (`dict`, *optional*): settings of the model that training starts with, such as `latent_head`.
         controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
-        rewards (`list[str]`, *optional*): makes it reinforcement learning: `accuracy`, `format`, `span`.
+        rewards (`list[str]`, *optional*): makes it reinforcement learning: `accuracy`, `format`, `span`,
+            `latent_contrast`.
         note (`str`, *optional*): what it is, for the table.
     """
 

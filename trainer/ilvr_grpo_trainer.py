@@ -50,7 +50,8 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         model (`str`, [`ILVRForConditionalGeneration`] or `PeftModel` over one): the policy; as a string, the Hub id or
             folder of an ILVR checkpoint, or of an adapter. What training starts from is the reference, if
             `args.beta` is not 0.
-        reward_funcs (`Callable` or `list[Callable]`): as in [`~trl.GRPOTrainer`].
+        reward_funcs (`Callable` or `list[Callable]`): as in [`~trl.GRPOTrainer`]; they are given
+            `latents` as well, see `ilvr.trainer.rewards`.
         args ([`ILVRGRPOConfig`], *optional*).
         train_dataset, eval_dataset (`Dataset`, `IterableDataset` or, for eval, a `dict` of them): TRL's prompts: a
             conversation in `prompt`, pictures in `images` or `image`, and what the rewards ask for.
@@ -162,6 +163,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         with rollouts_with_latents(self.student, self.args.latent_sigma) as latents:
             completions = super()._generate_single_turn(*args, **kwargs)
         self._latents = pad_spans(latents)
+        self._rollout_latents = latents
         self._record_rollouts(latents, time.perf_counter() - started)
         return completions
 
@@ -194,6 +196,10 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         if self.args.latent_policy != "recompute":
             outputs["latent_values"], outputs["latent_mask"] = self._latents
         return outputs
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = [{**row, "latents": own} for row, own in zip(inputs, self._rollout_latents, strict=True)]
+        return super()._calculate_rewards(rows, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- the loss
 

@@ -1,11 +1,17 @@
 r"""Rewards for [`ILVRGRPOTrainer`]: is the answer right, has it the right form, were latents used.
 
 A reward is TRL's: a function of `completions` (conversations of one assistant turn), `completion_ids` and the columns
-of the data set that returns a number for each completion, or `None` where it has no opinion.
+of the data set that returns a number for each completion, or `None` where it has no opinion. [`ILVRGRPOTrainer`] adds
+`latents`: of each completion those of its rollout, (spans, K, D).
 """
 
+import math
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity
 
 from ilvr import ILVRProcessor
 from ilvr.data.conversations import last_boxed
@@ -55,6 +61,71 @@ def span_reward(processor: ILVRProcessor) -> Callable[..., list[float | None]]:
         return [float(start_id in ids) if ask else None for ids, ask in zip(completion_ids, asked)]
 
     return opens_span
+
+
+def latent_contrast_reward(metric: str, temperature: float = 0.5) -> Callable[..., list[float]]:
+    r"""Latents like those of right answers to the same question, and unlike those of wrong ones: R_ctr of Future-L1
+    (arXiv 2606.05769), as its code computes it.
+
+    With $s(a, b)$ the mean of $(1 + \cos) / 2$ over the latents of two rollouts in their order, up to the shorter's
+    end, $p$ the largest $s / \tau$ to another right rollout of the group (to itself, if it is the only right one)
+    and $N = \sum e^{s / \tau}$ over the wrong ones: $e^p / (e^p + N)$, $1 / (1 + N)$ where no rollout is right, and
+    $p$ where none is wrong. A wrong rollout is among the wrong ones itself. Without latents it is 0.
+
+    A group is what follows each other with the same prompt. Rows that another process has are not seen, so let
+    `per_device_train_batch_size` be a multiple of `num_generations`.
+
+    Args:
+        metric (`str`): says which answers are right, as for [`accuracy_reward`].
+        temperature (`float`): $\tau$.
+
+    Raises:
+        ValueError: if there is no such metric, or `temperature` is not above 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it has to be above 0.")
+    loaded = load_metric(metric)
+
+    def latent_contrast(
+        prompts: list[Any],
+        completions: list[list[dict[str, Any]]],
+        latents: list[torch.Tensor],
+        reference: list[Any],
+        **kwargs: Any,
+    ) -> list[float]:
+        right = score_each(loaded, _texts(completions), reference)
+        rewards: list[float] = []
+        for _, group in groupby(range(len(prompts)), key=prompts.__getitem__):
+            rows = list(group)
+            rewards += _contrast([latents[row] for row in rows], [bool(right[row]) for row in rows], temperature)
+        return rewards
+
+    return latent_contrast
+
+
+def _contrast(latents: list[torch.Tensor], right: list[bool], temperature: float) -> list[float]:
+    """Rewards of the rollouts of one group."""
+    used = [row for row, own in enumerate(latents) if len(own)] if len(latents) > 1 else []
+    rights, wrongs = [row for row in used if right[row]], [row for row in used if not right[row]]
+    rewards = [0.0] * len(latents)
+    for row in used:
+        near = {other: _similarity(latents[row], latents[other]) / temperature for other in used}
+        nearest = max((near[other] for other in rights if other != row or len(rights) == 1), default=None)
+        wrong = sum(math.exp(near[other]) for other in wrongs)
+        if nearest is None:
+            rewards[row] = 1 / (1 + wrong)
+        elif not wrongs:
+            rewards[row] = nearest
+        else:
+            rewards[row] = math.exp(nearest) / (math.exp(nearest) + wrong)
+    return rewards
+
+
+def _similarity(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean of (1 + cos) / 2 over latents in their order; of latents (spans, K, D)."""
+    a, b = a.flatten(0, 1).float(), b.flatten(0, 1).float()
+    shared = min(len(a), len(b))
+    return (1 + cosine_similarity(a[:shared], b[:shared], dim=-1)).mean().item() / 2
 
 
 def _texts(completions: list[list[dict[str, Any]]]) -> list[str]:

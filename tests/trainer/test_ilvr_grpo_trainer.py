@@ -12,7 +12,7 @@ from ilvr import ILVRProcessor
 from ilvr.latent_decoding import WholeSpansLogitsProcessor
 from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, make_prompts
 from ilvr.trainer.losses import gaussian_log_density
-from ilvr.trainer.rewards import accuracy_reward, format_reward, span_reward
+from ilvr.trainer.rewards import accuracy_reward, format_reward, latent_contrast_reward, span_reward
 
 
 def some_prompts(count: int = 4) -> Dataset:
@@ -389,6 +389,27 @@ def test_prompts_of_conversations_and_our_rewards(model, processor, tmp_path):
     metrics = trainer.evaluate(prompts)
     assert {"eval_spans_per_sample", "eval_entropy", "eval_latent_norm"} <= trainer.state.log_history[-1].keys()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+def test_rewards_see_the_latents_of_each_completion(model, processor, tmp_path):
+    """Those that are scored with it, whose rows are shuffled afterwards."""
+    seen = {}
+
+    def keep(completions, completion_ids, latents, **kwargs):
+        seen.update(zip(map(tuple, completion_ids), latents, strict=True))
+        return [0.0] * len(completions)
+
+    rewards = [keep, latent_contrast_reward("boxed_exact_match")]
+    prompts = some_prompts().rename_column("answer", "reference")
+    trainer = make_grpo_trainer(model, processor, tmp_path, rewards, dataset=prompts, latent_policy="replay")
+    inputs = roll_out(trainer)
+    rows = zip(inputs["completion_ids"], inputs["completion_mask"], inputs["latent_values"], strict=True)
+    start_id = model.config.latent_start_token_id
+    assert max(len(own) for own in seen.values()) > 0
+    for ids, mask, values in rows:
+        own = seen[tuple(ids[mask.bool()].tolist())]
+        assert len(own) == (ids == start_id).sum() and own.equal(values[: len(own)])
+    assert trainer._metrics["train"]["rewards/latent_contrast/mean"][0] > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["latent_policy"])
