@@ -27,6 +27,7 @@ class GivenRollouts(ILVRGRPOTrainer):
         span = [start, *[pad] * self.student.config.latent_size, end]
         eos = self.eos_token_ids[0]
         choices = [[9, *span, 11, eos], [*span, 9, 10, *span, eos], [12, 13, 14, eos], [10, eos]]
+        self._rollout_latents = [torch.empty(0)] * len(prompt_ids)  # no reward here looks at them
         rows = enumerate(prompt_ids)
         return [choices[2 * (len(ids) % 2) + i % num_generations] for i, ids in rows], None
 
