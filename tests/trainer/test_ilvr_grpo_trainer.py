@@ -138,6 +138,7 @@ def test_masks_and_advantages_of_a_worked_example(model, processor, tmp_path, mo
     rewards = [1.0, 3.0, 0.0, 0.0]
     trainer = make_grpo_trainer(model, processor, tmp_path, reward=lambda completions, **kwargs: rewards)
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (completions, None))
+    trainer._rollout_latents = [torch.empty(0)] * len(completions)  # the reward does not look at them
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
     inputs = roll_out(trainer)
     assert (inputs["tool_mask"] * inputs["completion_mask"]).tolist() == decided
