@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function, create_masks_for_generate, sdpa_mask
 
+from .latent_cache import CACHE
 from .latent_spans import ColumnFacts, SpanState
 
 
@@ -126,7 +127,7 @@ class AttentionSeat:
         """Inputs of the backbone for `inputs_embeds` (B, Q, D), with this mask in place of the padding's."""
         if self.rule is None:
             return inputs
-        mask = self.mask(inputs_embeds, inputs.get("attention_mask"), inputs.get("past_key_values"))
+        mask = self.mask(inputs_embeds, inputs.get("attention_mask"), inputs.get(CACHE))
         return {**inputs, "attention_mask": mask}
 
     def mask(
@@ -153,9 +154,9 @@ class AttentionSeat:
             config=self.vlm.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=None,
             token_type_ids=self.columns.is_image[:, :stop].long(),  # Gemma 3: an image's tokens see each other
+            **{CACHE: cache},
         )
         sizes = {"batch_size": len(inputs_embeds), "q_length": stop - past, "kv_length": stop, "q_offset": past}
         sizes |= {"allow_is_causal_skip": False, "device": inputs_embeds.device}

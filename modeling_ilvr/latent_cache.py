@@ -12,6 +12,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# What transformers calls the cache, among inputs and in outputs: it was `past_key_values` up to 5.23.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class _Past(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .latent_cache import ChunkCache, checkpointing_with_cache
+from .latent_cache import CACHE, ChunkCache, checkpointing_with_cache
 from .latent_decoding import Intervention
 from .latent_sequences import Sequences
 from .latent_spans import chunk_bounds, scatter_spans
@@ -144,7 +144,8 @@ def _joined(chunks: list[Any], cache: Cache | None = None) -> Any:
     outputs.last_hidden_state = torch.cat([chunk.last_hidden_state for chunk in chunks], dim=1)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(torch.cat(layer, dim=1) for layer in zip(*(c.hidden_states for c in chunks)))
-    outputs.past_key_values, outputs.attentions = cache, None
+    outputs.attentions = None
+    setattr(outputs, CACHE, cache)
     return outputs
 
 
@@ -246,7 +247,7 @@ class LatentTail:
         sequences = chunk_forward.sequences
         if sequences.cache is not None:
             raise ValueError(
-                "jacobi_iterations and fixed_point_tolerance compute whole sequences. Leave past_key_values out."
+                "jacobi_iterations and fixed_point_tolerance compute whole sequences. Leave the cache out."
             )
         sequences.check()
         columns, width = sequences.is_latent.any(0).nonzero().flatten().tolist(), sequences.is_latent.shape[1]

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from .latent_attention import AttentionSeat
+from .latent_cache import CACHE
 from .latent_decoding import (
     CONTINUOUS_BATCHING,
     Intervention,
@@ -70,10 +71,10 @@ class LatentGenerationMixin(_Mixin):
         if output_latents or latent_intervention is not None or jacobi_iterations is not None:
             history = {} if output_latents else None
             control = kwargs["latent_control"] = LatentControl(latent_intervention, history, jacobi_iterations)
-        caches = [kwargs.get("past_key_values")]
+        caches = [kwargs.get(name) for name in (CACHE, "past_key_values")]
         try:
             outputs = super().generate(*args, **kwargs)
-            caches.append(getattr(outputs, "past_key_values", None))
+            caches.append(getattr(outputs, CACHE, None))
         finally:
             for cache in caches:
                 SpanState.drop_ahead(cache)  # it may have stopped within a span
@@ -139,17 +140,16 @@ class LatentGenerationMixin(_Mixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
         latent_control: LatentControl | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        inputs, cache = super().prepare_inputs_for_generation(input_ids, **kwargs), kwargs.get(CACHE)
         is_step = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
         if kwargs.get("token_type_ids") is not None and not is_step:
             inputs["token_type_ids"] = kwargs["token_type_ids"]  # counted from the first column, also of a later chunk
-        if latent_control is None or past_key_values is None or not is_step:
+        if latent_control is None or cache is None or not is_step:
             return inputs
-        state = SpanState.of(past_key_values)
+        state = SpanState.of(cache)
         if state.feedback is None:
             return inputs
         size, input_ids = self.config.latent_size, input_ids.to(state.feedback.device)  # `generate` takes ids on a CPU
@@ -192,7 +192,7 @@ class LatentGenerationMixin(_Mixin):
         control: LatentControl,
     ) -> None:
         """Computes the latents of the spans that the rows `starts` (B,) enter, by Jacobi iteration over K columns."""
-        cache, size = inputs["past_key_values"], self.config.latent_size
+        cache, size = inputs[CACHE], self.config.latent_size
         if cache.is_compileable or not cache.is_croppable:
             raise ValueError(
                 f"jacobi_iterations computes columns again, which a {type(cache).__name__} of this model does not "
@@ -234,7 +234,7 @@ class LatentGenerationMixin(_Mixin):
             size (`int`): K.
             dtype (`torch.dtype`): of input embeddings.
         """
-        cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+        cache, mask = inputs[CACHE], inputs.get("attention_mask")
         offsets = torch.arange(size, device=inputs["position_ids"].device)
 
         def forward(latents: torch.Tensor) -> torch.Tensor:
@@ -244,8 +244,8 @@ class LatentGenerationMixin(_Mixin):
                 inputs_embeds=latents,
                 attention_mask=seat.mask(latents, grown, cache),
                 position_ids=inputs["position_ids"][..., -1:] + offsets[:length],
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             ).last_hidden_state
 
         return forward
@@ -299,10 +299,10 @@ class LatentGenerationMixin(_Mixin):
             **kwargs,
         )
 
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
-        past_key_values.reorder_cache(beam_idx)
-        SpanState.of(past_key_values).reorder(beam_idx)
-        return past_key_values
+    def _reorder_cache(self, cache: Cache, beam_idx: torch.Tensor) -> Cache:
+        cache.reorder_cache(beam_idx)
+        SpanState.of(cache).reorder(beam_idx)
+        return cache
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         backbone_inputs = inspect.signature(self.model.vlm.forward).parameters

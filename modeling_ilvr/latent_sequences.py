@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .latent_attention import AttentionSeat, check_padding_mask
+from .latent_cache import CACHE
 from .latent_spans import filled_slots, gather_spans, placeholders_of, slice_features
 
 
@@ -31,7 +32,7 @@ def encode_inputs(
         `dict`: with `attention_mask` and `position_ids`, and features in place of pixels.
     """
     inputs = dict(inputs)
-    past = inputs["past_key_values"].get_seq_length() if "past_key_values" in inputs else 0
+    past = inputs[CACHE].get_seq_length() if CACHE in inputs else 0
     placeholders = placeholders_of(config, input_ids)
     modalities = placeholders["image"].int() + 2 * placeholders["video"].int()
     if "attention_mask" not in inputs:
@@ -94,7 +95,7 @@ class Sequences:
     ) -> "Sequences":
         """The sequences `input_ids` (B, T) with the other inputs of a forward."""
         inputs = encode_inputs(vlm, config, input_ids, inputs)
-        cache = inputs.pop("past_key_values", None)
+        cache = inputs.pop(CACHE, None)
         return cls(
             embeds=vlm.get_input_embeddings()(input_ids),
             is_latent=input_ids == config.latent_pad_token_id,
@@ -119,7 +120,7 @@ class Sequences:
             "inputs_embeds": embeds,
             "attention_mask": self.seat.mask(embeds, mask, cache),
             "position_ids": self.position_ids[..., start:stop],
-            "past_key_values": cache,
+            CACHE: cache,
             "mm_encoder_outputs": slice_features(self.mm_encoder_outputs, self.placeholders, start, stop),
             **self.others,
         }

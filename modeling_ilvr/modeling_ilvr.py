@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -30,6 +31,7 @@ from .backbone_loading import (
 )
 from .configuration_ilvr import ILVRConfig
 from .latent_attention import AttentionRule, AttentionSeat
+from .latent_cache import CACHE
 from .latent_decoding import Intervention
 from .latent_filling import fill_by_fixed_point, fill_by_walk, fill_forced, fill_in_parallel
 from .latent_generation import LatentGenerationMixin
@@ -38,14 +40,14 @@ from .latent_spans import SpanState
 
 
 @dataclass
-class ILVRModelOutput(ModelOutput):
+class ILVRModelOutput(BaseModelOutputWithPast):
     """
     Output of [`ILVRModel`].
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`): after the final norm.
-        past_key_values (`Cache`, *optional*): with `latent_spans` ([`SpanState`]), which holds the vector that a
-            latent in the next column would be.
+        cache (`Cache`, *optional*): with `latent_spans` ([`SpanState`]), which holds the vector that a latent in the
+            next column would be; `past_key_values` up to transformers 5.23.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): of each layer.
         attentions (`tuple[torch.FloatTensor]`, *optional*): of each layer; not returned by the cached walk.
         predicted_latents (`torch.FloatTensor` of shape `(B, S, K, D)`, *optional*): what the model predicts at each
@@ -54,16 +56,12 @@ class ILVRModelOutput(ModelOutput):
             positions were given.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     predicted_latents: torch.FloatTensor | None = None
     latent_inputs: torch.FloatTensor | None = None
 
 
 @dataclass
-class ILVROutput(ModelOutput):
+class ILVROutput(CausalLMOutputWithPast):
     """
     Output of [`ILVRForConditionalGeneration`]: as [`ILVRModelOutput`], with
 
@@ -72,11 +70,6 @@ class ILVROutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, T, V)`): scores of the next token.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     predicted_latents: torch.FloatTensor | None = None
     latent_inputs: torch.FloatTensor | None = None
 
@@ -186,6 +179,7 @@ class ILVRModel(ILVRPreTrainedModel):
         min_chunks: int | None = None,
         attention_rule: AttentionRule | None = None,
         attention_rule_rows: torch.BoolTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ILVRModelOutput:
         """Runs the backbone and fills the latent positions of `input_ids`.
@@ -220,6 +214,8 @@ class ILVRModel(ILVRPreTrainedModel):
                 function of transformers. Needs `input_ids`, and the attention implementation "sdpa" or "eager".
             attention_rule_rows (`torch.BoolTensor` of shape `(B,)`, *optional*, defaults to all): rows that the rule
                 holds for.
+            cache (`Cache`, *optional*): of the columns before, named as from transformers 5.24 on; `past_key_values`
+                is the same.
             kwargs: further inputs of the backbone (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …).
 
         Raises:
@@ -235,21 +231,22 @@ class ILVRModel(ILVRPreTrainedModel):
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
+        cache = past_key_values if cache is None else cache
         inputs = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": use_cache,
             "mm_encoder_outputs": mm_encoder_outputs,
             **kwargs,
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         num_columns = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        state = SpanState() if past_key_values is None else SpanState.of(past_key_values, num_columns)
+        state = SpanState() if cache is None else SpanState.of(cache, num_columns)
         is_latent = None if input_ids is None else input_ids == self.config.latent_pad_token_id
         case = self._case(is_latent, state, given, bool(min_chunks))
         if case is ForwardCase.STEP_AHEAD:
-            outputs = ILVRModelOutput(last_hidden_state=state.take_ahead(), past_key_values=past_key_values)
+            outputs = ILVRModelOutput(last_hidden_state=state.take_ahead(), **{CACHE: cache})
             return self._with_state(outputs, state)
 
         seat = AttentionSeat.of(self.vlm, self.config, input_ids, state, attention_rule, attention_rule_rows)
@@ -289,16 +286,16 @@ class ILVRModel(ILVRPreTrainedModel):
 
     def _with_state(self, outputs: Any, state: SpanState, **latents: torch.Tensor) -> ILVRModelOutput:
         """The outputs of this model, and on their cache what the next column will need."""
-        hidden, cache = outputs.last_hidden_state, outputs.past_key_values
+        hidden, cache = outputs.last_hidden_state, getattr(outputs, CACHE)
         if cache is not None:
             # A copy: a view would keep the hidden states of the whole prompt alive.
             state.feedback = self.latent_head(hidden[:, -1]).clone()
             cache.latent_spans = state
         return ILVRModelOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: cache},
             **latents,
         )
 
@@ -484,6 +481,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         attention_rule_rows: torch.BoolTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ILVROutput:
         """As [`ILVRModel.forward`], with logits and loss.
@@ -512,7 +510,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -540,7 +538,7 @@ class ILVRForConditionalGeneration(LatentGenerationMixin, ILVRPreTrainedModel, G
         return ILVROutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             predicted_latents=outputs.predicted_latents,
