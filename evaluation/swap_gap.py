@@ -27,7 +27,8 @@ class SwapGapCallback(TrainerCallback):
         questions ([`Questions`] or `Dataset`): asked; a data set with `messages`, `images` and `answer` is one of
             boxed answers.
         num_samples (`int`, *optional*, defaults to 64): at most so many, evenly spread.
-        every (`int`, *optional*): optimizer steps between two measurements, beside those at evaluations.
+        every (`int`, *optional*): optimizer steps between two measurements, the first before training, beside those
+            at evaluations.
         batch_size (`int`, *optional*, defaults to 16): questions answered at once.
         generate_kwargs: passed to `generate`; greedy decoding, at most 256 new tokens, by default.
 
@@ -66,6 +67,8 @@ class SwapGapCallback(TrainerCallback):
         # Before all others, whatever their order: they read what this one adds to the metrics.
         callbacks = self.trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+        if self.every and state.global_step == 0:
+            self._log(0)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict | None = None, **kwargs: Any

@@ -25,6 +25,7 @@ CONTROLS = {
     "zeros": "zeros",
     "donor": "follows donor",
 }
+HELD_OUT = {"held out, %": "eval_accuracy", "… with another sample's latents, %": "eval_swapped_accuracy"}
 Found = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, what `studies.run` measured
 
 
@@ -61,6 +62,8 @@ def report(study: Study, found: Found) -> str:
     parts = [f"Commits {commits}, on {devices}.", "### Accuracy", accuracy_table(study, found)]
     parts += ["### With other latents", controls_table(study, found)]
     parts += ["### By difficulty", groups_table(found)]
+    if any("held_out" in result for result in every):
+        parts += ["### While they were trained", curves_table(found)]
     if study.name in RULES:
         parts += ["### The rules", RULES[study.name](found)]
     return "\n\n".join(parts)
@@ -119,6 +122,26 @@ def groups_table(found: Found) -> str:
     rows = [["arm", *(group.split()[0] for group in order)]]
     for name, own in by_arm.items():
         rows.append([name, *(f"{rate(''.join(own[group])):.0f}" if group in own else "" for group in order)])
+    return table(rows)
+
+
+def curves_table(found: Found) -> str:
+    """The mean over seeds of what arms were asked while they trained, and of their rewards, by step."""
+    watched = {name: runs for name, runs in found.items() if all("held_out" in result for result in runs.values())}
+    curves: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for name, runs in watched.items():
+        for result in runs.values():
+            for entry in result["held_out"]:
+                for what, key in HELD_OUT.items():
+                    curves.setdefault((name, what), {}).setdefault(entry["step"], []).append(100 * entry[key])
+            for entry in result["log"]:
+                if "reward" in entry:
+                    curves.setdefault((name, "reward"), {}).setdefault(entry["step"], []).append(entry["reward"])
+    steps = sorted({entry["step"] for runs in watched.values() for own in runs.values() for entry in own["held_out"]})
+    rows = [["arm", "by step", *map(str, steps)]]
+    for (name, what), values in curves.items():
+        digits = 2 if what == "reward" else 1
+        rows.append([name, what, *(f"{mean(values[step]):.{digits}f}" if step in values else "" for step in steps)])
     return table(rows)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
-from ilvr.evaluation import Evaluator, Questions, follow_donors, run_controls
+from ilvr.evaluation import Evaluator, Questions, SwapGapCallback, follow_donors, run_controls
 from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, ILVRTrainer, ILVRTrainingConfig, make_prompts
 from ilvr.trainer.rewards import accuracy_reward, format_reward, latent_contrast_reward, span_reward
@@ -33,6 +33,8 @@ from .study import Study
 LOGGED = ("loss", "latent_cosine", "retrieval_at_1", "followed_share", "latent_norm_ratio", "selected_per_span")
 LOGGED += ("reward", "rewards/accuracy/mean", "spans_per_sample", "samples_without_spans", "entropy")
 LOGGED += ("latent_norm_drift", "completions/mean_length")
+HELD_OUT = ("eval_accuracy", "eval_swapped_accuracy", "eval_emission_rate")
+WATCHED = 128  # questions that an arm is asked while it trains
 
 
 def main() -> None:
@@ -144,6 +146,11 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
     else:
         config = ILVRTrainingConfig(str(folder), **settings)
         trainer = ILVRTrainer(model, config, train_dataset=data, processing_class=processor)
+    if arm.watched:
+        few = min(WATCHED, study.controlled)
+        questions = Questions.of_task(task, form=arm.form, samples=few)
+        options = {"batch_size": study.batch_size, "max_new_tokens": study.max_new_tokens}
+        trainer.add_callback(SwapGapCallback(trainer, questions, num_samples=few, every=arm.watched, **options))
     start = time.perf_counter()
     trainer.train()
     trainer.save_model()
@@ -170,6 +177,8 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
         "log": [{k: round(e[k], 5) for k in ("step", *LOGGED) if k in e} for e in log if "loss" in e],
         "tests": {},
     }
+    if arm.watched:
+        found["held_out"] = [{k: e[k] for k in ("step", *HELD_OUT)} for e in log if HELD_OUT[0] in e]
     form = "answer" if arm.form == "base" else arm.form
     for test, own in study.tests.items():
         task = study.task_of(seed, test)

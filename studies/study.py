@@ -25,6 +25,7 @@ class Arm:
         controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
         rewards (`list[str]`, *optional*): makes it reinforcement learning: `accuracy`, `format`, `span`,
             `latent_contrast`.
+        watched (`int`, *optional*): steps between two looks at held-out questions of its own task while it trains.
         note (`str`, *optional*): what it is, for the table.
     """
 
@@ -36,6 +37,7 @@ class Arm:
     model: dict[str, Any] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
     rewards: list[str] = field(default_factory=list)
+    watched: int | None = None
     note: str = ""
 
 
@@ -124,7 +126,7 @@ class Study:
         own = vars(self.arms[arm]) | {"settings": self.settings_of(arm, seed)}
         if own["after"] is not None:
             own["after"] = self.definition_of(own["after"], seed)["arm"]
-        unnamed = ("note", "controls", *(() if own["rewards"] else ("rewards",)))
+        unnamed = ("note", "controls", "watched", *(() if own["rewards"] else ("rewards",)))
         named = {name: value for name, value in own.items() if name not in unnamed}
         found = {"arm": named, "task": self.task_settings, "tests": self.tests, "backbone": self.backbone}
         return json.loads(json.dumps(found))

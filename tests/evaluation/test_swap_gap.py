@@ -41,11 +41,11 @@ def test_gap_is_logged_at_evaluations_and_training_is_as_without(model, processo
         assert {name: a[name] for name in names} == {name: b[name] for name in names}
 
 
-def test_every_so_many_steps_without_an_evaluation(model, processor, tmp_path):
+def test_before_training_and_every_so_many_steps_without_an_evaluation(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, stage=2, max_steps=3)
     trainer.add_callback(SwapGapCallback(trainer, ASKED, every=2, max_new_tokens=4))
     trainer.train()
-    assert [line["step"] for line in trainer.state.log_history if "eval_swap_gap" in line] == [2]
+    assert [line["step"] for line in trainer.state.log_history if "eval_swap_gap" in line] == [0, 2]
     assert model.training
 
 

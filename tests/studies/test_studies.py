@@ -47,7 +47,7 @@ def load(folder, content) -> Study:
 def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path):
     settings = {**SHIFTS["arms"]["grpo_recompute"]["settings"], "max_steps": 2, "logging_steps": 1}
     settings |= {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 8}
-    arm = {**SHIFTS["arms"]["grpo_recompute"], "task": {"lengths": [1, 2]}, "settings": settings}
+    arm = {**SHIFTS["arms"]["grpo_recompute"], "task": {"lengths": [1, 2]}, "settings": settings, "watched": 1}
     study = load(tmp_path, {**TINY, "arms": {**TINY["arms"], "grpo": arm}})
     assert "rewards" not in study.definition_of("stage2", 0)["arm"]
     assert "teacher_decay" not in study.settings_of("grpo", 0)
@@ -56,6 +56,23 @@ def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path):
     assert len(result["log"]) == 2
     assert {"reward", "rewards/accuracy/mean", "spans_per_sample"} <= set(result["log"][-1])
     assert "another_sample" in result["tests"]["trained"]["controls"]
+    assert [entry["step"] for entry in result["held_out"]] == [0, 1, 2]
+
+
+def test_curves_are_means_over_seeds(study):
+    def watched(seed, accuracies):
+        asked = [{"step": 5 * i, "eval_accuracy": a, "eval_swapped_accuracy": a / 2} for i, a in enumerate(accuracies)]
+        log = [{"step": 5, "reward": 0.5 + seed / 4}, {"step": 7, "reward": 0.0}]
+        return {**results("grpo", seed, "1"), "held_out": asked, "log": log}
+
+    table = page.curves_table(
+        {"grpo": {0: watched(0, [0.5, 0.75]), 1: watched(1, [0.25, 0.5])}, "text": {0: results("text", 0, "1")}}
+    )
+    assert table.splitlines()[2:] == [
+        "| grpo | held out, % | 37.5 | 62.5 |",
+        "| grpo | … with another sample's latents, % | 18.8 | 31.2 |",
+        "| grpo | reward |  | 0.62 |",
+    ]
 
 
 def test_the_study_of_shifts_is_valid():
