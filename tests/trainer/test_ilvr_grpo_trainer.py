@@ -1,12 +1,14 @@
 """Reinforcement learning with latents: exact gradients, what is a decision, references, resume, adapters."""
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
 from datasets import Dataset, Image, List
 from helpers import SAMPLES, gradients, largest_difference, make_dataset, make_image, perturb, prefix_recompute
 from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from ilvr import ILVRProcessor
 from ilvr.latent_decoding import WholeSpansLogitsProcessor
@@ -93,6 +95,30 @@ def policy_loss(log_probs, inputs, kl=0.0):
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     ratio = (log_probs - log_probs.detach()).exp()
     return -(((ratio * inputs["advantages"].unsqueeze(1) - kl) * mask).sum(1) / mask.sum(1)).mean()
+
+
+def test_without_spans_it_is_the_trainer_of_trl(model, processor, tmp_path):
+    """The backbone by itself under `GRPOTrainer`: the same completions, losses and weights."""
+    backbone = copy.deepcopy(model.vlm)
+    prompts, never = some_prompts(1).select([0] * 4), {"suppress_tokens": list(model.config.latent_token_ids)}
+    ours = make_grpo_trainer(
+        model, processor, tmp_path / "ours", dataset=prompts, generation_kwargs=never, freeze_vision_tower=False
+    )
+    ours.train()
+    known = {field.name for field in fields(GRPOConfig) if field.init}
+    settings = {name: value for name, value in vars(ours.args).items() if name in known}
+    settings |= {
+        "output_dir": str(tmp_path / "theirs"),
+        "gradient_checkpointing": False,
+        "generation_batch_size": None,
+    }
+    theirs = GRPOTrainer(
+        backbone, length_reward, GRPOConfig(**settings), train_dataset=prompts, processing_class=processor
+    )
+    theirs.train()
+    for own, other in zip(ours.state.log_history[:2], theirs.state.log_history[:2], strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], abs=1e-6) and own["reward"] == other["reward"] != 0
+    assert largest_difference(dict(model.vlm.named_parameters()), dict(backbone.named_parameters())) < 1e-5
 
 
 @pytest.mark.parametrize("backbone_name", ["qwen2_5_vl", "smolvlm"], indirect=True, scope="session")
