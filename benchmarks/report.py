@@ -66,7 +66,15 @@ def bars(results) -> list[tuple[str, str, float, bool]]:
     bar("words alone: forward over the backbone's", "at most", 1.01, words)
     outside = max(outside_share(results["runs"][f"stage {stage}"]) for stage in (1, 2))
     bar("training run with cache_images: share outside the steps", "at most", 0.05, outside)
+    if "grpo" in results:
+        bar("GRPO: a rollout over TRL's on the backbone", "at most", 1.1, over_trl(results, "rollout"))
     return table
+
+
+def over_trl(results, part: str) -> float:
+    """Time of a `rollout` or `step` of GRPO over that of TRL's own trainer on the backbone."""
+    ours, trl = (results["grpo"][f"{side}, {part}"]["seconds"] for side in ("ours", "trl"))
+    return ratio(ours, trl)
 
 
 def outside_share(run) -> float:
@@ -108,6 +116,11 @@ def tables(results) -> str:
     ]
     for what, asked, measured, met in bars(results):
         lines.append(f"| {what} | {asked} | {measured:.3g} | {'yes' if met else '**no**'} |")
+    if "grpo" in results:
+        lines += [
+            "",
+            f"A step of GRPO, whose latents are walked again, takes {over_trl(results, 'step'):.2f} of TRL's.",
+        ]
     if "inputs" in results:
         lines += [
             "",

@@ -18,7 +18,7 @@ import torch
 
 from . import inputs, measure, report, scaling
 from .model import Workload, build_backbone
-from .sides import generation_sides, stage_sides, text_sides, training_run
+from .sides import generation_sides, grpo_sides, stage_sides, text_sides, training_run
 
 
 CENTRE = Workload()
@@ -30,6 +30,7 @@ GRID = [
     *(Workload(tokens=t) for t in (900, 1200)),
 ]
 GENERATED = 97  # tokens, with three spans among them
+ROLLED_OUT = 94  # the same, and no span begun that there is no room for
 IMPORTS = ("import transformers, torch", "from trl import SFTTrainer", "import ilvr", "import ilvr.trainer")
 RUN_STEPS = 10
 
@@ -85,8 +86,9 @@ def others(folder: Path, quick: bool) -> dict:
     runs = {f"stage {stage}": training_run(folder, CENTRE, stage, num_steps, cache_images=True) for stage in (1, 2)}
     runs["stage 1, images processed at each step"] = training_run(folder, CENTRE, 1, num_steps)
     text = measure.alternate(text_sides(folder, CENTRE), rounds=15)
+    grpo = measure.alternate(grpo_sides(folder, Workload(batch=8), ROLLED_OUT), rounds=2 if quick else 3)
     imports = {name: measure.import_seconds(name) for name in IMPORTS}
-    measured = {"generation": generation, "text": text, "runs": runs, "imports": imports}
+    measured = {"generation": generation, "text": text, "grpo": grpo, "runs": runs, "imports": imports}
     return {**measured, "inputs": inputs.rows(quick), "ceilings": measure.ceilings()}
 
 

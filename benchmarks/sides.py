@@ -7,10 +7,14 @@ import copy
 import time
 
 import torch
+from datasets import Dataset, Image, List
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
-from .model import Workload, load, make_batch, make_trainer, whole_teacher
+from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, make_prompts
+
+from .model import Workload, load, make_batch, make_sample, make_trainer, whole_teacher
 from .reference import reference_stage1_step, reference_stage2_step
 
 
@@ -111,6 +115,68 @@ def generation_sides(folder, workload, num_steps: int) -> dict:
     sides["static"] = side(model, num_steps, cache_implementation="static")
     sides["parallel"] = side(model, num_steps, jacobi_iterations=PARALLEL["jacobi_iterations"])
     return sides | {f"{name}, 1 step": side(generator, 1) for name, generator in both.items()}
+
+
+def grpo_sides(folder, workload, num_steps: int) -> dict:
+    """`rollout` and `step` of `ours`, and of `trl`: its own trainer on the backbone, with as many columns a row.
+
+    Both write the sample's answer, `num_steps` tokens of it. What are spans to ours are words to TRL's. A rollout has
+    its rewards in it; a step is the loss with its gradients.
+    """
+    return {
+        f"{name}, {part}": run
+        for name, config in (("ours", ILVRGRPOConfig), ("trl", GRPOConfig))
+        for part, run in _grpo_side(folder, workload, num_steps, config).items()
+    }
+
+
+def _grpo_side(folder, workload, num_steps: int, config: type) -> dict:
+    model, processor = load(folder, workload.latents)
+    answer = make_batch(make_trainer(model, processor, workload, 2, folder))
+    answer = answer["input_ids"][0, int((answer["assistant_mask"][0].cumsum(0) == 0).sum()) :]
+    sample = {**make_sample(workload, processor), "answer": ""}
+    rows = make_prompts(Dataset.from_list([sample] * workload.batch).cast_column("images", List(Image())))
+    model.vlm.model.visual.requires_grad_(False)
+    kind, policy = (ILVRGRPOTrainer, model) if config is ILVRGRPOConfig else (GRPOTrainer, model.vlm)
+    args = config(
+        str(folder / "grpo"),
+        per_device_train_batch_size=workload.batch,
+        num_generations=workload.batch,
+        max_completion_length=num_steps,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=False,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = kind(policy, _by_number, args, train_dataset=rows, processing_class=processor)
+    trainer.current_gradient_accumulation_steps = 1
+    generate = policy.generate
+
+    def scripted(**inputs):
+        script = Script(inputs["input_ids"].shape[1], answer)
+        processors = LogitsProcessorList([*inputs.pop("logits_processor", []), script])
+        return generate(**inputs, logits_processor=processors)
+
+    def roll_out():
+        policy.generate = scripted  # anew, since our trainer puts the class's back
+        policy.train()
+        return trainer._generate_and_score_completions(list(rows))
+
+    completions = roll_out()
+    if (completions["completion_mask"].sum(1) != num_steps).any():
+        raise ValueError(f"{kind.__name__} wrote fewer than {num_steps} tokens, so that its time says nothing.")
+
+    def step():
+        trainer.compute_loss(policy, dict(completions)).backward()
+        policy.zero_grad()
+
+    return {"rollout": roll_out, "step": step}
+
+
+def _by_number(completions, **kwargs) -> list[float]:
+    """Rewards that differ: where all are the same, there is no gradient."""
+    return [float(i) for i in range(len(completions))]
 
 
 def text_sides(folder, workload) -> dict:
