@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(*names, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = [_underscored(arg) for arg in args]
+        args = [underscored(arg) for arg in args]
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown arguments: {' '.join(unknown)}.")
@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}. --help lists all.\n")
 
 
-def _underscored(argument: str) -> str:
+def underscored(argument: str) -> str:
+    """`--with-dashes` as `--with_underscores`; what is no option stays as it is."""
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
@@ -116,6 +117,11 @@ def _train(parser: Parser) -> None:
     parser.add("config", nargs="?", default=argparse.SUPPRESS, help=recipe)
     parser.add_argument("--config", help=argparse.SUPPRESS)  # the same, as TRL's scripts have it
     parser.add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field, or a part of one")
+    launcher = (
+        "train in the processes of `accelerate launch`: a config file, or ddp, deepspeed_zero2, deepspeed_zero3, fsdp2"
+    )
+    parser.add("--accelerate_config", help=launcher)
+    parser.add("--num_processes", type=int, help="in place of those that --accelerate_config names")
     parts = []
     for field in fields(Recipe):
         if field.default is MISSING:
@@ -230,7 +236,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "train": (
         "train a model on data of your own or on a task, in two stages, test it, and write a report",
         "examples:\n  ilvr train recipe.yaml --dataset train.jsonl --test_dataset test.jsonl\n"
-        "  ilvr train recipe.yaml --seed 1 --set stage1.max_steps=10 --set training.learning_rate=1e-5",
+        "  ilvr train recipe.yaml --seed 1 --set stage1.max_steps=10 --set training.learning_rate=1e-5\n"
+        "  ilvr train qwen2_5_vl_7b --dataset train.jsonl --accelerate_config fsdp2 --num_processes 4",
         _train,
     ),
     "generate": (

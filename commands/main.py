@@ -24,11 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit status: 0 if all is well; 1 if the command found something wrong or failed; 2 for arguments and
         inputs that it cannot work with; 130 if it was interrupted.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = build_parser().parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+        options = build_parser().parse_args(arguments or ["--help"])
     except SystemExit as stopped:  # how argparse ends after --help, --version and an error
         return int(stopped.code or OK)
-    name = options.command
+    name, options.arguments = options.command, arguments
     try:
         return import_module(f"ilvr_commands.{name.replace('-', '_')}").run(options)
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
 from ilvr.trainer.running.checkpoints import last_whole_checkpoint
 
+from .launching import launch
 from .own_data import load_own_data
 from .recipe import Recipe, phases_of, read_recipe
 
@@ -89,7 +90,10 @@ def load_data(recipe: Recipe) -> tuple[Any, Task | None]:
 
 
 def run(options: Namespace) -> int:
-    """Trains by a recipe."""
+    """Trains by a recipe, here or in the processes of a launcher."""
+    if options.accelerate_config is not None:
+        launch(options.arguments, options.accelerate_config, options.num_processes)
+        return 0
     run_recipe(read_recipe(options))
     return 0
 

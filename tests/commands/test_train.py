@@ -2,6 +2,8 @@
 
 import json
 import re
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -41,6 +43,42 @@ def data(tmp_path):
 
 def parse(*arguments) -> Recipe:
     return read_recipe(build_parser().parse_args(["train", *map(str, arguments)]))
+
+
+def launched(monkeypatch, *arguments) -> Namespace:
+    """What the launcher of accelerate is given."""
+    found = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", found.append)
+    assert main(["train", *map(str, arguments)]) == 0
+    return found[0]
+
+
+def test_processes_of_accelerate_by_the_name_of_a_config(data, monkeypatch):
+    options = ["--dataset", "a b.jsonl", "--set", "stage1.max_steps=2"]
+    found = launched(monkeypatch, data / "recipe.yaml", "--accelerate-config=fsdp2", *options, "--num-processes", 3)
+    assert Path(found.config_file).name == "fsdp2.yaml" and Path(found.config_file).is_file()
+    assert found.module and found.training_script == "ilvr_commands" and found.num_processes == 3
+    assert found.training_script_args == ["train", str(data / "recipe.yaml"), *options]
+    own = data / "own.yaml"
+    own.write_text("distributed_type: NO\n")
+    found = launched(monkeypatch, data / "recipe.yaml", "--accelerate_config", own)
+    assert found.config_file == str(own) and found.num_processes is None
+
+
+def test_an_unknown_config_of_accelerate_names_those_that_there_are(data, capsys):
+    assert main(["train", str(data / "recipe.yaml"), "--accelerate_config", "fsdp"]) == 2
+    assert "none of ddp, deepspeed_zero2, deepspeed_zero3, fsdp2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_in_a_process_of_the_launcher(data, backbone_dir):
+    config = data / "one_process.yaml"
+    config.write_text(
+        yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True})
+    )
+    command = ["train", str(data / "recipe.yaml"), "--dataset", str(data / "train.jsonl"), "--accelerate_config"]
+    assert main([*command, str(config), "--backbone", str(backbone_dir), "--test_size", "2"]) == 0
+    assert list(json.loads((data / "run" / "results.json").read_text())) == ["stage1", "stage2"]
 
 
 def test_train_with_test_data(data, backbone_dir, capsys):
