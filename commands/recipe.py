@@ -48,6 +48,10 @@ class Recipe:
     text: dict = field(default_factory=dict, metadata={"help": "the control whose traces have words for latents"})
     stage1: dict = field(default_factory=dict, metadata={"help": "alignment with the momentum teacher"})
     stage2: dict = field(default_factory=dict, metadata={"help": "training through the model's own latents"})
+    grpo: dict = field(
+        default_factory=dict,
+        metadata={"help": "rewards after stage 2: ILVRGRPOConfig's arguments; rewards (names), task_settings"},
+    )
 
 
 def read_recipe(options: Namespace) -> Recipe:
@@ -128,6 +132,7 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
             raise ValueError(f"`{control}` continues `base`, as stage 1 does. Add `base`, or leave it out.")
         steps = recipe.stage1["max_steps"] + recipe.stage2["max_steps"]
         phases[control] = {"max_steps": steps, **phases[control]}
+    rewarded = _rewarded_phase(recipe) if recipe.grpo else {}
     for name, own in phases.items():
         folder, stage = f"{recipe.output_dir}/{name}", 1 if name == "stage1" else 2
         phases[name] = {"output_dir": folder, "stage": stage, "seed": recipe.seed, **recipe.training, **own}
@@ -135,4 +140,19 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
             ILVRTrainingConfig(**phases[name])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} (with `training`): {error}") from error
-    return phases
+    return phases | rewarded
+
+
+def _rewarded_phase(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The training arguments of `grpo`, on top of those in `training` that it has, too."""
+    from ilvr.trainer import ILVRGRPOConfig
+
+    known = {f.name for f in fields(ILVRGRPOConfig)}
+    shared = {name: value for name, value in recipe.training.items() if name in known}
+    own = {name: value for name, value in recipe.grpo.items() if name not in ("rewards", "task_settings")}
+    settings: dict[str, Any] = {"output_dir": f"{recipe.output_dir}/grpo", "seed": recipe.seed, **shared, **own}
+    try:
+        ILVRGRPOConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"grpo (with `training`): {error}") from error
+    return {"grpo": settings}

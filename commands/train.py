@@ -2,6 +2,7 @@
 
 A recipe without `backbone` builds a small Qwen and teaches it to see first (`base`). Stage 2 continues stage 1. Two
 controls continue the same base for as many steps: `answer_only` without traces, `text` with words in place of latents.
+With `grpo`, rewards continue stage 2.
 With `lora` the backbone stays as it is: both stages train one adapter, which is merged in the end.
 """
 
@@ -22,7 +23,8 @@ from ilvr.evaluation import evaluate_checkpoints
 from ilvr.hub_cards import ILVRModelCard
 from ilvr.tasks import Task, load_task
 from ilvr.tasks.small_qwen import build_small_qwen
-from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
+from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, ILVRTrainer, ILVRTrainingConfig, make_prompts
+from ilvr.trainer.rewards import load_rewards
 from ilvr.trainer.running.checkpoints import last_whole_checkpoint
 
 from .launching import launch
@@ -30,20 +32,37 @@ from .own_data import load_own_data
 from .recipe import Recipe, phases_of, read_recipe
 
 
-FORMS = {"base": "base", "answer_only": "answer", "text": "text", "stage1": "trace", "stage2": "trace"}
+FORMS = {
+    "base": "base",
+    "answer_only": "answer",
+    "text": "text",
+    "stage1": "trace",
+    "stage2": "trace",
+    "grpo": "trace",
+}
+BEFORE = {"stage2": "stage1", "grpo": "stage2"}  # the others continue the base
+REWARDS = ["accuracy", "format"]
 
 
-def train(
-    phase: str, settings: dict[str, Any], data: Dataset, model: Any, processor: ILVRProcessor, recipe: Recipe
-) -> ILVRModelCard:
+def make_trainer(
+    settings: dict[str, Any],
+    data: Any,
+    model: Any,
+    processor: ILVRProcessor,
+    *,
+    lora: dict[str, Any],
+    rewards: list[Any] | None = None,
+) -> ILVRTrainer | ILVRGRPOTrainer:
+    """The trainer of a phase; with `rewards` the data are prompts."""
+    both: dict[str, Any] = {"train_dataset": data, "processing_class": processor}
+    if rewards is not None:
+        return ILVRGRPOTrainer(model, rewards, ILVRGRPOConfig(**settings), **both)
+    adapter = LoraConfig(**lora) if lora and not is_peft_model(model) else None
+    return ILVRTrainer(model, ILVRTrainingConfig(**settings), peft_config=adapter, **both)
+
+
+def train(phase: str, trainer: Any, settings: dict[str, Any], recipe: Recipe) -> ILVRModelCard:
     """Runs one phase, saves its checkpoint in a folder of its name and returns its card."""
-    trainer = ILVRTrainer(
-        model,
-        ILVRTrainingConfig(**settings),
-        train_dataset=data,
-        processing_class=processor,
-        peft_config=LoraConfig(**recipe.lora) if recipe.lora and not is_peft_model(model) else None,
-    )
     trainer.accelerator.print(f"\n=== {phase} ===", flush=True)
     state = Path(settings["output_dir"], "trainer_state.json")  # saved last
     if recipe.resume and state.exists():
@@ -89,6 +108,23 @@ def load_data(recipe: Recipe) -> tuple[Any, Task | None]:
         return load_own_data(recipe)
 
 
+def rewarded(recipe: Recipe, own: Any, task: Task | None, processor: ILVRProcessor) -> tuple[list[Any], Dataset]:
+    """Rewards, and the prompts they are given for: of the user's own data, or of the task in settings of their own.
+
+    Raises:
+        ValueError: for rewards and settings that there are not, and for a streaming data set.
+    """
+    metric = recipe.metric if task is None else task.metric
+    rewards = load_rewards(recipe.grpo.get("rewards", REWARDS), metric=metric, processor=processor)
+    if own is None and recipe.task is not None:
+        settings = {**recipe.task_settings, **recipe.grpo.get("task_settings", {})}
+        asked = load_task(recipe.task, **{"seed": recipe.seed, **settings})
+        return rewards, make_prompts(asked.dataset("train"), asked.reference)
+    if not isinstance(own, Dataset):
+        raise ValueError("grpo needs its questions at hand, and no stream. Leave out streaming, or grpo.")
+    return rewards, make_prompts(own)
+
+
 def run(options: Namespace) -> int:
     """Trains by a recipe, here or in the processes of a launcher."""
     if options.accelerate_config is not None:
@@ -111,21 +147,26 @@ def run_recipe(recipe: Recipe) -> None:
         build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)
     PartialState().wait_for_everyone()
     model, processor = start(recipe)
+    rewards, prompts = rewarded(recipe, own, task, processor) if recipe.grpo else (None, None)
     cards = {}
     for phase, settings in phases.items():
-        before = "stage1" if phase == "stage2" else "base"
+        before = BEFORE.get(phase, "base")
         if before in cards:
             model = load(recipe, before)
         if phase == "base":
             # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
             model.vlm.model.visual.patch_embed.requires_grad_(False)
-        data = own if own is not None else task.dataset("train", FORMS[phase])
-        cards[phase] = train(phase, settings, data, model, processor, recipe)
+        if phase == "grpo":
+            trainer = make_trainer(settings, prompts, model, processor, lora=recipe.lora, rewards=rewards)
+        else:
+            data = own if own is not None else task.dataset("train", FORMS[phase])
+            trainer = make_trainer(settings, data, model, processor, lora=recipe.lora)
+        cards[phase] = train(phase, trainer, settings, recipe)
     if not PartialState().is_main_process:
         return  # without a barrier, which an evaluation may well outlast
     (model,) = release_memory(model)
     if recipe.lora:
-        load(recipe, "stage2").merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
+        load(recipe, list(cards)[-1]).merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
         processor.save_pretrained(f"{recipe.output_dir}/merged")
     if task is not None:
         print("\n=== evaluation ===", flush=True)

@@ -25,7 +25,7 @@ from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.evaluation import Evaluator, Questions, SwapGapCallback, follow_donors, run_controls
 from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, ILVRTrainer, ILVRTrainingConfig, make_prompts
-from ilvr.trainer.rewards import accuracy_reward, format_reward, latent_contrast_reward, span_reward
+from ilvr.trainer.rewards import load_rewards
 
 from .study import Study
 
@@ -138,9 +138,8 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
         data = data.select(range(min(study.training_samples, len(data))))
     trainer: ILVRTrainer | ILVRGRPOTrainer
     if arm.rewards:
-        known = {"accuracy": accuracy_reward(task.metric), "format": format_reward, "span": span_reward(processor)}
-        known["latent_contrast"] = latent_contrast_reward(task.metric)
-        rewards, prompts = [known[reward] for reward in arm.rewards], make_prompts(data, task.reference)
+        rewards = load_rewards(arm.rewards, metric=task.metric, processor=processor)
+        prompts = make_prompts(data, task.reference)
         config = ILVRGRPOConfig(str(folder), **settings)
         trainer = ILVRGRPOTrainer(model, rewards, config, train_dataset=prompts, processing_class=processor)
     else:

@@ -6,7 +6,7 @@ of the data set that returns a number for each completion, or `None` where it ha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +17,29 @@ from ilvr import ILVRProcessor
 from ilvr.data.conversations import last_boxed
 from ilvr.evaluation import load_metric
 from ilvr.evaluation.metrics import score_each
+
+
+def load_rewards(names: Iterable[str], *, metric: str, processor: ILVRProcessor) -> list[Callable[..., Any]]:
+    """Rewards by their names: `accuracy`, `format`, `span` and `latent_contrast`.
+
+    Args:
+        names (`Iterable[str]`).
+        metric (`str`): says which answers are right, see [`accuracy_reward`].
+        processor ([`ILVRProcessor`]).
+
+    Raises:
+        ValueError: names the rewards that there are not.
+    """
+    known: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: accuracy_reward(metric),
+        "format": lambda: format_reward,
+        "span": lambda: span_reward(processor),
+        "latent_contrast": lambda: latent_contrast_reward(metric),
+    }
+    names = list(names)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"There are no rewards {', '.join(unknown)}; choose from {', '.join(known)}.")
+    return [known[name]() for name in names]
 
 
 def accuracy_reward(metric: str) -> Callable[..., list[float]]:

@@ -59,7 +59,7 @@ def test_the_main_job(tmp_path, capfd):
     assert {phase for phase, card in cards.items() if "| another sample's | end_on_goal |" in card} == set(controls)
 
 
-def test_the_recipe_of_make_train(tmp_path, capfd):
+def test_the_recipe_of_make_train_and_rewards_after_it(tmp_path, capfd):
     """With its control in words, targets by the answer's gradient, and the controls of its latents in the table."""
     shifts = yaml.safe_load((RECIPES / "shifts_small.yaml").read_text())
     training = {**shifts["training"], "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True}
@@ -74,18 +74,28 @@ def test_the_recipe_of_make_train(tmp_path, capfd):
         "task_settings": {**shifts["task_settings"], **settings},
         "evaluation": {**shifts["evaluation"], "batch_size": 3, "controls": 3},
         **{phase: {**shifts[phase], "max_steps": 2, "lr_scheduler_kwargs": {}} for phase in phases},
+        "grpo": {
+            "rewards": ["accuracy", "format", "span"],
+            "task_settings": {"lengths": [3, 3], "listed": [1, 1]},
+            "max_steps": 1,
+            "num_generations": 2,
+            "max_completion_length": 8,
+        },
     }
     recipe_file = tmp_path / "tiny.yaml"
     recipe_file.write_text(yaml.safe_dump(tiny))
     train.run_recipe(parse(recipe_file))
     run = tmp_path / "run"
-    assert list(json.loads((run / "results.json").read_text())) == list(phases)
+    assert list(json.loads((run / "results.json").read_text())) == [*phases, "grpo"]
     heading, _, *lines = (run / "results.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[:5]] == [f"| {phase}" for phase in phases]
+    assert [line.split(" | ")[0] for line in lines[:6]] == [f"| {phase}" for phase in (*phases, "grpo")]
     assert "another sample's" in heading and "zeros" in heading
     config = json.loads((run / "stage1" / "config.json").read_text())
     base = json.loads((run / "base" / "config.json").read_text())
     assert config["latent_head"] == "rescale" and config["latent_norm"] != base["latent_norm"]  # measured by stage 1
+    log = json.loads((run / "grpo" / "trainer_state.json").read_text())["log_history"][0]
+    assert {"rewards/accuracy/mean", "rewards/format_reward/mean", "rewards/opens_span/mean"} <= set(log)
+    assert "GRPO" in (run / "grpo" / "README.md").read_text()
     assert "the same 6 answers" in capfd.readouterr().out
 
 
@@ -136,6 +146,24 @@ def test_the_main_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
     train.run_recipe(parse(recipe_file, "--resume", "true"))
     assert trained == [str(stage2 / "checkpoint-2")]
     assert (stage2 / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "grpo, message",
+    [
+        ({"rewards": ["beauty"]}, "no rewards beauty; choose from accuracy, format, span"),
+        ({"num_generations": 3, "per_device_train_batch_size": 2}, r"grpo \(with `training`\): .*num_generations"),
+        ({"task_settings": {"length": 3}}, "length"),
+    ],
+)
+def test_wrong_rewards_are_refused_before_the_first_phase(tmp_path, monkeypatch, grpo, message):
+    monkeypatch.setattr(train, "train", None)
+    shifts = yaml.safe_load((RECIPES / "shifts_small.yaml").read_text())
+    small = {**shifts["small_backbone"], "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32}
+    recipe = {**shifts, "small_backbone": small, "output_dir": str(tmp_path / "run"), "grpo": grpo}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises((ValueError, TypeError), match=message):
+        train.run_recipe(parse(tmp_path / "tiny.yaml"))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
