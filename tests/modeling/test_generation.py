@@ -19,6 +19,7 @@ from helpers import (
 from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer, pipeline
 
 from ilvr import ILVRForConditionalGeneration, is_forced, pad_spans
+from ilvr.latent_cache import CACHE
 from ilvr.latent_generation import LatentSpanLogitsProcessor
 from ilvr.latent_spans import ColumnFacts, SpanState
 
@@ -337,6 +338,18 @@ def test_a_cache_that_was_reset_or_cropped_has_no_feedback(model, processor):
     cache.reset()
     with pytest.raises(ValueError, match="starts inside a latent span"):
         model(input_ids=latent, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_the_names_of_old_and_new_transformers(model, processor, name):
+    inputs = encode(processor, PROMPTS[:1], prompt_only=True)
+    expected = model(**inputs).logits[:, -1:]
+    *before, last = inputs["input_ids"].split([inputs["input_ids"].shape[1] - 1, 1], dim=1)
+    shorter = {k: v[:, :-1] if k in ("attention_mask", "mm_token_type_ids") else v for k, v in inputs.items()}
+    cache = model(**{**shorter, "input_ids": before[0]})[CACHE]
+    found = model(input_ids=last, **{name: cache})
+    assert found[CACHE] is cache and cache.get_seq_length() == inputs["input_ids"].shape[1]
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_compiles_as_one_graph_for_all_phases(model, inputs, monkeypatch):
