@@ -189,12 +189,15 @@ class AnswerOcclusion(AnswerGradient):
     """
 
     def _scores(self, asked: AskedPictures) -> torch.Tensor:
-        gradients = super()._scores(asked).split(asked.lengths)
-        scores = [own / own.sum().clamp(min=torch.finfo(own.dtype).tiny) for own in gradients]
+        gradients = super()._scores(asked)
+        # Which patch comes next, and which have been found, is settled on the CPU: what waits for the device is one
+        # transfer for each patch of a picture, however many pictures there are.
+        scores = [
+            own / own.sum().clamp(min=torch.finfo(own.dtype).tiny) for own in gradients.cpu().split(asked.lengths)
+        ]
         order = [own.argsort(descending=True).tolist() for own in scores]
-        values = [asked.features.detach(), *asked.layers]
-        pictures = [values_of.split(asked.lengths) for values_of in values]
-        answers, found, wanted = asked.ids[:, asked.start :], [0] * len(order), self.model.config.latent_size
+        values, answers = [asked.features.detach(), *asked.layers], asked.ids[:, asked.start :]
+        hiding, found, wanted = HiddenPatches(values, asked.lengths), [0] * len(order), self.model.config.latent_size
         with torch.no_grad():
             whole = self._log_probs(asked.forward(values[0], values[1:]).logits, answers)
             for rank in range(HIDDEN_PATCHES):
@@ -202,20 +205,41 @@ class AnswerOcclusion(AnswerGradient):
                 if not rows:
                     break
                 hidden = [order[i][rank] for i in rows]
-                without = [torch.cat([_hide(own[i], j) for i, j in zip(rows, hidden)]) for own in pictures]
+                without = hiding.without(rows, hidden)
                 logits = asked.forward(without[0], without[1:], rows).logits
                 lost = whole[rows] - self._log_probs(logits, answers[rows])
                 for i, j, loss in zip(rows, hidden, lost.clamp(min=0).tolist()):
                     scores[i][j] += loss / TOLD_LOSS
                     found[i] += loss >= LARGE_LOSS
-        return torch.cat(scores)
+        return torch.cat(scores).to(gradients.device)
 
 
-def _hide(picture: torch.Tensor, patch: int) -> torch.Tensor:
-    """A picture (N, D) with one patch behind the mean of the others."""
-    hidden = picture.clone()
-    hidden[patch] = (picture.sum(0) - picture[patch]) / (len(picture) - 1)
-    return hidden
+class HiddenPatches:
+    """Pictures in which one patch each is hidden behind the mean of the others.
+
+    Args:
+        values (`list[torch.Tensor]`): features (N of all, D) of some pictures, one after the other, of each layer.
+        lengths (`list[int]`): N of each picture.
+    """
+
+    def __init__(self, values: list[torch.Tensor], lengths: list[int]) -> None:
+        self.values, device = values, values[0].device
+        self.lengths = torch.tensor(lengths, device=device)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.picture = torch.arange(len(lengths), device=device).repeat_interleave(self.lengths)  # of each patch
+        nothing = torch.zeros(len(lengths), values[0].shape[1], device=device)  # sums are in fp32
+        self.sums = [nothing.index_add(0, self.picture, own.float()) for own in values]
+
+    def without(self, rows: list[int], hidden: list[int]) -> list[torch.Tensor]:
+        """The features (N of the rows, D) of the pictures `rows`, ascending, each without its patch of `hidden`."""
+        chosen = torch.tensor(rows, device=self.picture.device)
+        patches = self.starts[chosen] + torch.tensor(hidden, device=chosen.device)
+        kept, others = torch.isin(self.picture, chosen), (self.lengths[chosen] - 1).unsqueeze(1)
+        found = []
+        for own, sums in zip(self.values, self.sums):
+            mean = (sums[chosen] - own[patches]) / others
+            found.append(own.index_copy(0, patches, mean.to(own.dtype))[kept])
+        return found
 
 
 class AnswerAttention(AnswerRelevance):
