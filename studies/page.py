@@ -133,6 +133,8 @@ def curves_table(found: Found) -> str:
         for result in runs.values():
             for entry in result["held_out"]:
                 for what, key in HELD_OUT.items():
+                    if key == "eval_swapped_accuracy" and entry["eval_emission_rate"] == 0:
+                        continue  # there is nothing to swap
                     curves.setdefault((name, what), {}).setdefault(entry["step"], []).append(100 * entry[key])
             for entry in result["log"]:
                 if "reward" in entry:
