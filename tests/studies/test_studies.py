@@ -60,18 +60,21 @@ def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path):
 
 
 def test_curves_are_means_over_seeds(study):
-    def watched(seed, accuracies):
-        asked = [{"step": 5 * i, "eval_accuracy": a, "eval_swapped_accuracy": a / 2} for i, a in enumerate(accuracies)]
+    def watched(seed, accuracies, emission=1.0):
+        names = ("step", "eval_accuracy", "eval_swapped_accuracy", "eval_emission_rate")
+        asked = [dict(zip(names, (5 * i, a, a / 2, emission))) for i, a in enumerate(accuracies)]
         log = [{"step": 5, "reward": 0.5 + seed / 4}, {"step": 7, "reward": 0.0}]
         return {**results("grpo", seed, "1"), "held_out": asked, "log": log}
 
-    table = page.curves_table(
-        {"grpo": {0: watched(0, [0.5, 0.75]), 1: watched(1, [0.25, 0.5])}, "text": {0: results("text", 0, "1")}}
-    )
+    latents = {0: watched(0, [0.5, 0.75]), 1: watched(1, [0.25, 0.5])}
+    words = {0: watched(0, [0.0, 1.0], emission=0.0)}
+    table = page.curves_table({"grpo": latents, "words": words, "text": {0: results("text", 0, "1")}})
     assert table.splitlines()[2:] == [
         "| grpo | held out, % | 37.5 | 62.5 |",
         "| grpo | … with another sample's latents, % | 18.8 | 31.2 |",
         "| grpo | reward |  | 0.62 |",
+        "| words | held out, % | 0.0 | 100.0 |",
+        "| words | reward |  | 0.50 |",
     ]
 
 
