@@ -1,9 +1,9 @@
 """`--accelerate_config`: a command again, in the processes of `accelerate launch`."""
 
 import argparse
-from pathlib import Path
 
 from .arguments import underscored
+from .packaged import packaged_file
 
 
 def launch(arguments: list[str], config: str, num_processes: int | None = None) -> None:
@@ -24,12 +24,6 @@ def launch(arguments: list[str], config: str, num_processes: int | None = None) 
     own.add_argument("--num_processes")
     _, rest = own.parse_known_args([underscored(argument) for argument in arguments])
     processes = [] if num_processes is None else ["--num_processes", str(num_processes)]
-    command = ["--config_file", str(_file_of(config)), *processes, "-m", "ilvr_commands", *rest]
+    file = packaged_file(config, "accelerate", "accelerate config")
+    command = ["--config_file", str(file), *processes, "-m", "ilvr_commands", *rest]
     launch_command(launch_command_parser().parse_args(command))
-
-
-def _file_of(config: str) -> Path:
-    known = {file.stem: file for file in sorted((Path(__file__).parent / "accelerate").glob("*.yaml"))}
-    if not Path(config).is_file() and config not in known:
-        raise ValueError(f"There is no accelerate config {config}: no such file, and none of {', '.join(known)}.")
-    return known.get(config, Path(config)) if not Path(config).is_file() else Path(config)

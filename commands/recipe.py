@@ -2,8 +2,9 @@
 
 from argparse import Namespace
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any
+
+from .packaged import packaged_file
 
 
 @dataclass
@@ -66,7 +67,11 @@ def read_recipe(options: Namespace) -> Recipe:
     """
     import yaml
 
-    given = {} if options.config is None else yaml.safe_load(_file_of(options.config).read_text(encoding="utf-8"))
+    given = (
+        {}
+        if options.config is None
+        else yaml.safe_load(packaged_file(options.config, "recipes", "recipe").read_text(encoding="utf-8"))
+    )
     if not isinstance(given, dict):
         raise ValueError(f"{options.config} holds no fields. Start from one of examples/recipes.")
     own = {
@@ -93,16 +98,6 @@ def read_recipe(options: Namespace) -> Recipe:
             takes = "several settings by their names" if kinds[name] is dict else "one value"
             raise ValueError(f"{name} takes {takes}, got {value!r:.80}.")
     return Recipe(**given)
-
-
-def _file_of(config: str) -> Path:
-    """The file of a recipe, which may be named as those of `examples/recipes` are, without folder and ending."""
-    recipes = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
-    if config in recipes and not Path(config).is_file():
-        return recipes[config]
-    if not Path(config).is_file():
-        raise ValueError(f"There is no recipe {config}: no such file, and none of {', '.join(recipes)}.")
-    return Path(config)
 
 
 def _number(text: str) -> int | float | None:
