@@ -80,6 +80,7 @@ def test_the_recipe_of_make_train_and_rewards_after_it(tmp_path, capfd):
             "max_steps": 1,
             "num_generations": 2,
             "max_completion_length": 8,
+            "learning_rate": 0.0,
         },
     }
     recipe_file = tmp_path / "tiny.yaml"
@@ -95,6 +96,8 @@ def test_the_recipe_of_make_train_and_rewards_after_it(tmp_path, capfd):
     assert config["latent_head"] == "rescale" and config["latent_norm"] != base["latent_norm"]  # measured by stage 1
     log = json.loads((run / "grpo" / "trainer_state.json").read_text())["log_history"][0]
     assert {"rewards/accuracy/mean", "rewards/format_reward/mean", "rewards/opens_span/mean"} <= set(log)
+    rewarded, stage2 = ((run / phase / "model.safetensors").read_bytes() for phase in ("grpo", "stage2"))
+    assert rewarded == stage2  # it goes on from there, here at a rate of 0
     assert "GRPO" in (run / "grpo" / "README.md").read_text()
     assert "the same 6 answers" in capfd.readouterr().out
 
