@@ -67,11 +67,9 @@ def read_recipe(options: Namespace) -> Recipe:
     """
     import yaml
 
-    given = (
-        {}
-        if options.config is None
-        else yaml.safe_load(packaged_file(options.config, "recipes", "recipe").read_text(encoding="utf-8"))
-    )
+    given = {}
+    if options.config is not None:
+        given = yaml.safe_load(packaged_file(options.config, "recipes", "recipe").read_text(encoding="utf-8"))
     if not isinstance(given, dict):
         raise ValueError(f"{options.config} holds no fields. Start from one of examples/recipes.")
     own = {

@@ -23,7 +23,7 @@ class SwapGapCallback(TrainerCallback):
     as without the callback.
 
     Args:
-        trainer ([`ILVRTrainer`]).
+        trainer ([`ILVRTrainer`] or [`ILVRGRPOTrainer`]).
         questions ([`Questions`] or `Dataset`): asked; a data set with `messages`, `images` and `answer` is one of
             boxed answers.
         num_samples (`int`, *optional*, defaults to 64): at most so many, evenly spread.
