@@ -13,6 +13,10 @@ class Recipe:
 
     output_dir: str = field(default="runs/ilvr", metadata={"help": "folder of checkpoints, pictures and results"})
     backbone: str | None = field(default=None, metadata={"help": "Hub id or folder of a vision-language model"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of an ILVR model to go on from, by the stages that have settings"},
+    )
     small_backbone: dict = field(
         default_factory=dict, metadata={"help": "sizes of one that is built if none is named"}
     )
@@ -114,12 +118,17 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
     if recipe.task is None and recipe.dataset is None:
         raise ValueError("There is nothing to train on. Name a recipe, such as one of examples/recipes; or --dataset.")
-    if recipe.task is None and (recipe.backbone is None or recipe.base):
+    if recipe.model is not None:
+        _check_model(recipe)
+    elif recipe.task is None and (recipe.backbone is None or recipe.base):
         raise ValueError("Without a task there is no small backbone to build or to teach. Name a --backbone.")
     if recipe.task is not None and recipe.test_dataset is not None:
         raise ValueError(f"The task {recipe.task} has its own tests. Leave out --task or --test_dataset.")
     phases = {"base": recipe.base, "answer_only": recipe.answer_only, "text": recipe.text}
-    phases = {name: own for name, own in phases.items() if own} | {"stage1": recipe.stage1, "stage2": recipe.stage2}
+    stages = {"stage1": recipe.stage1, "stage2": recipe.stage2}
+    if recipe.model is not None:
+        stages = {name: own for name, own in stages.items() if own}
+    phases = {name: own for name, own in phases.items() if own} | stages
     for control in {"answer_only", "text"} & set(phases):
         if not recipe.base:
             raise ValueError(f"`{control}` continues `base`, as stage 1 does. Add `base`, or leave it out.")
@@ -134,6 +143,16 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} (with `training`): {error}") from error
     return phases | rewarded
+
+
+def _check_model(recipe: Recipe) -> None:
+    """What cannot be beside `model`, which is trained already."""
+    names = ("backbone", "small_backbone", "base", "answer_only", "text", "latent_head", "lora")
+    given = [name for name in names if getattr(recipe, name)]
+    if given:
+        raise ValueError(f"`model` is trained already, and goes on as it is. Leave out {', '.join(given)}.")
+    if not (recipe.stage1 or recipe.stage2 or recipe.grpo):
+        raise ValueError(f"Nothing says how {recipe.model} is trained further. Set stage1, stage2 or grpo.")
 
 
 def _rewarded_phase(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -4,11 +4,13 @@ A recipe without `backbone` builds a small Qwen and teaches it to see first (`ba
 controls continue the same base for as many steps: `answer_only` without traces, `text` with words in place of latents.
 With `grpo`, rewards continue stage 2.
 With `lora` the backbone stays as it is: both stages train one adapter, which is merged in the end.
+With `model` training goes on from an ILVR model, by the stages that have settings.
 """
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -26,12 +28,14 @@ from ilvr.tasks.small_qwen import build_small_qwen
 from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, ILVRTrainer, ILVRTrainingConfig, make_prompts
 from ilvr.trainer.rewards import load_rewards
 from ilvr.trainer.running.checkpoints import last_whole_checkpoint
+from ilvr.trainer.running.loading import load_model, load_processor
 
 from .launching import launch
 from .own_data import load_own_data
 from .recipe import Recipe, phases_of, read_recipe
 
 
+START = "start"  # in the table of scores, the model that training went on from
 FORMS = {
     "base": "base",
     "answer_only": "answer",
@@ -39,8 +43,9 @@ FORMS = {
     "stage1": "trace",
     "stage2": "trace",
     "grpo": "trace",
+    START: "trace",
 }
-BEFORE = {"stage2": "stage1", "grpo": "stage2"}  # the others continue the base
+BEFORE = {"stage2": ["stage1"], "grpo": ["stage2", "stage1"]}  # the others continue the base
 REWARDS = ["accuracy", "format"]
 
 
@@ -83,6 +88,8 @@ def backbone_of(recipe: Recipe) -> str:
 
 def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
     """The model and processor that training starts from."""
+    if recipe.model is not None:
+        return load_model(recipe.model, **recipe.model_kwargs), load_processor(recipe.model)
     backbone = backbone_of(recipe)
     torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
     options: dict[str, Any] = {"latent_size": recipe.latent_size}
@@ -93,9 +100,15 @@ def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
 
 def load(recipe: Recipe, phase: str) -> Any:
     """What a phase saved: a model, or an adapter over the backbone."""
-    adapter: dict[str, Any] = {"backbone": backbone_of(recipe), "is_trainable": True} if recipe.lora else {}
-    folder = f"{recipe.output_dir}/{phase}"
-    return ILVRForConditionalGeneration.from_pretrained(folder, **adapter, **recipe.model_kwargs)
+    adapter = {"backbone": backbone_of(recipe)} if recipe.lora else {}
+    return load_model(f"{recipe.output_dir}/{phase}", **adapter, **recipe.model_kwargs)
+
+
+def load_whole(recipe: Recipe, phase: str) -> Any:
+    """What a phase saved, or what training started from, with an adapter merged into it."""
+    started = phase == START
+    model = load_model(cast(str, recipe.model), **recipe.model_kwargs) if started else load(recipe, phase)
+    return model.merge_and_unload() if is_peft_model(model) else model
 
 
 def load_data(recipe: Recipe) -> tuple[Any, Task | None]:
@@ -142,7 +155,7 @@ def run_recipe(recipe: Recipe) -> None:
     """
     phases = phases_of(recipe)
     own, task = load_data(recipe)
-    if recipe.backbone is None and PartialState().is_main_process:
+    if recipe.backbone is None and recipe.model is None and PartialState().is_main_process:
         torch.manual_seed(recipe.seed)
         build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)
     PartialState().wait_for_everyone()
@@ -150,8 +163,8 @@ def run_recipe(recipe: Recipe) -> None:
     rewards, prompts = rewarded(recipe, own, task, processor) if recipe.grpo else (None, None)
     cards = {}
     for phase, settings in phases.items():
-        before = BEFORE.get(phase, "base")
-        if before in cards:
+        before = next((name for name in BEFORE.get(phase, ["base"]) if name in cards), None)
+        if before is not None:
             model = load(recipe, before)
         if phase == "base":
             # The patch projection stays random: its gradient is half a step on a CPU, and boards need no better one.
@@ -166,14 +179,15 @@ def run_recipe(recipe: Recipe) -> None:
         return  # without a barrier, which an evaluation may well outlast
     (model,) = release_memory(model)
     if recipe.lora:
-        load(recipe, list(cards)[-1]).merge_and_unload().save_pretrained(f"{recipe.output_dir}/merged")
+        load_whole(recipe, list(cards)[-1]).save_pretrained(f"{recipe.output_dir}/merged")
         processor.save_pretrained(f"{recipe.output_dir}/merged")
     if task is not None:
         print("\n=== evaluation ===", flush=True)
+        scored = cards if recipe.model is None else {START: None, **cards}
         evaluate_checkpoints(
-            *(task, cards, recipe.output_dir),
-            forms={phase: "answer" if phase == "base" else FORMS[phase] for phase in cards},
-            load=lambda phase: load(recipe, phase).merge_and_unload() if recipe.lora else load(recipe, phase),
-            reload=recipe.backbone is None,
+            *(task, scored, recipe.output_dir),
+            forms={phase: "answer" if phase == "base" else FORMS[phase] for phase in scored},
+            load=partial(load_whole, recipe),
+            reload=recipe.backbone is None and recipe.model is None,
             **recipe.evaluation,
         )

@@ -34,7 +34,7 @@ PICTURED = 4  # samples in the picture of latents, at most
 
 def evaluate_checkpoints(
     task: Task,
-    cards: dict[str, ILVRModelCard],
+    cards: Mapping[str, ILVRModelCard | None],
     folder: str | Path,
     *,
     forms: dict[str, str],
@@ -51,7 +51,7 @@ def evaluate_checkpoints(
     Args:
         task ([`~ilvr.tasks.Task`]): asks and scores.
         cards (`dict[str, ILVRModelCard]`): by name of a checkpoint, which is the folder that it lies in; the last is
-            pictured and reloaded.
+            pictured and reloaded. None for a model that others made: it is scored, and no card is written.
         folder (`str` or `Path`): holds the checkpoints; the report is written here.
         forms (`dict[str, str]`): by name, the form of the questions: `trace` or `answer`.
         load (`Callable`, *optional*): the model of a name, where it is more than what its folder holds.
@@ -86,7 +86,8 @@ def evaluate_checkpoints(
             questions = Questions.of_task(task, samples=controls)
             evaluator = Evaluator(model, processor, questions, batch_size=batch_size, **generate_kwargs)
             audits[name] = _audit(evaluator, name)
-        _fill(card, task, results[name], audits.get(name)).save(folder / name)
+        if card is not None:
+            _fill(card, task, results[name], audits.get(name)).save(folder / name)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     if audits:
         found = {name: audit.to_dict() for name, audit in audits.items()}
@@ -95,7 +96,8 @@ def evaluate_checkpoints(
     (folder / "results.md").write_text(table)
     print(f"\n{table}")
 
-    draw_curves({name: folder / name / "trainer_state.json" for name in cards}, folder / "curves.png")
+    made = [name for name, card in cards.items() if card is not None]
+    draw_curves({name: folder / name / "trainer_state.json" for name in made}, folder / "curves.png")
     few = test.select(_first_of_each(task, test, 2)[:PICTURED])
     if all("user" in image_roles(messages) for messages in few["messages"]):
         draw_latents(

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from ilvr.trainer import ILVRTrainer
-from ilvr.trainer.running.sharding import is_sharded
+from ilvr.trainer.running.sharding import gathered, is_sharded
 
 from .questions import Questions
 from .records import Evaluator
@@ -27,11 +27,12 @@ def evaluator_of(
         generate_kwargs: passed to `generate`.
 
     Raises:
-        ValueError: if a question has no answer, or the model is sharded.
+        ValueError: if a question has no answer, or the model is sharded by ZeRO-3.
     """
-    if is_sharded(trainer.accelerator):
+    if is_sharded(trainer.accelerator) and not trainer.accelerator.is_fsdp2:
         raise ValueError(
-            "A sharded model cannot generate while it is trained. Leave the callback out, or train with DDP or ZeRO-2."
+            "A model under ZeRO-3 cannot generate while it is trained. Leave the callback out, or train with FSDP2, "
+            "DDP or ZeRO-2."
         )
     asked = Questions.of_dataset(questions) if isinstance(questions, Dataset) else questions
     model: Any = trainer.student
@@ -46,7 +47,7 @@ def evaluating(trainer: ILVRTrainer) -> Generator[None]:
     training = model.training
     model.eval()
     try:
-        with trainer.accelerator.autocast():
+        with gathered(trainer.accelerator, trainer.student), trainer.accelerator.autocast():
             yield
     finally:
         model.train(training)

@@ -33,7 +33,7 @@ class SwapGapCallback(TrainerCallback):
         generate_kwargs: passed to `generate`; greedy decoding, at most 256 new tokens, by default.
 
     Raises:
-        ValueError: if there are fewer than two questions, one has no answer, or the model is sharded.
+        ValueError: if there are fewer than two questions, one has no answer, or the model is sharded by ZeRO-3.
 
     Example:
 

@@ -5,6 +5,7 @@ Shapes: B batch, T sequence, C completion, S spans, K latents a span, D hidden.
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,13 @@ from .running.adapters import complete_peft_config, complete_reference_adapter, 
 from .running.checks import check_agreement, check_rows_of_any_length, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
-from .running.sharding import is_sharded
+from .running.sharding import (
+    chunks_of_all_ranks,
+    gathered,
+    is_sharded,
+    keep_vision_whole,
+    shard_for_inference,
+)
 
 
 REFUSED = ("tools", "environment_factory", "rollout_func")
@@ -62,7 +69,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
 
     Raises:
         ValueError: before training starts, if processor and model disagree, or for what cannot have latents: tools,
-            environments and rollouts of one's own, sharded engines, linear attention.
+            environments and rollouts of one's own, ZeRO-3, linear attention.
 
     Example:
 
@@ -131,11 +138,8 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
             **kwargs,
         )
         args.beta, args.sync_ref_model = beta, sync
-        if is_sharded(self.accelerator):
-            raise ValueError(
-                "The ranks of a sharded model have to run equally many forwards, and their rollouts have spans in "
-                "different columns. Train with DDP or ZeRO-2."
-            )
+        if is_sharded(self.accelerator) and not self.accelerator.is_fsdp2:
+            raise ValueError("Rollouts with latents do not work with ZeRO-3. Train with FSDP2, ZeRO-2 or DDP.")
         if self.aux_loss_enabled:
             raise ValueError("An ILVR model hands on no router logits. Set router_aux_loss_coef to 0.")
         self.first_latent_norm = 0.0
@@ -149,7 +153,12 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         if self.args.disable_dropout:
             disable_dropout_in_model(reference)
         add_fused_lm_head(reference, temperature=self.temperature)
-        if self.is_deepspeed_enabled:
+        self.ref_model = reference
+        if self.accelerator.is_fsdp2:
+            if self.args.freeze_vision_tower:
+                keep_vision_whole(self.accelerator, reference.model)  # as the student's, to be compared with it
+            shard_for_inference(self.accelerator, reference)
+        elif self.is_deepspeed_enabled:
             self.ref_model = prepare_deepspeed(reference, self.accelerator)
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
@@ -160,7 +169,8 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        with rollouts_with_latents(self.student, self.args.latent_sigma) as latents:
+        rollouts = rollouts_with_latents(self.student, self.args.latent_sigma)
+        with gathered(self.accelerator, self.student), rollouts as latents:
             completions = super()._generate_single_turn(*args, **kwargs)
         self._latents = pad_spans(latents)
         self._rollout_latents = latents
@@ -223,6 +233,9 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         if self.args.latent_policy != "recompute":
             core = ilvr_model(self.accelerator.unwrap_model(model)).model
             scored = WithLatents(model, core, *self._latents)
+        elif is_sharded(self.accelerator):
+            is_latent = input_ids == self.student.config.latent_pad_token_id
+            scored = partial(model, min_chunks=chunks_of_all_ranks(self.accelerator, is_latent))
         log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )

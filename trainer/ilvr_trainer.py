@@ -20,7 +20,6 @@ from trl import SFTTrainer
 from ilvr import ILVRConfig, ILVRProcessor
 from ilvr.latent_attention import AttentionRule
 from ilvr.latent_decoding import Intervention
-from ilvr.latent_spans import chunk_bounds
 
 from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
@@ -36,7 +35,7 @@ from .running.checks import check_agreement, check_batch_size, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
 from .running.optimizer_state import OptimizerStateCallback
-from .running.sharding import is_sharded
+from .running.sharding import chunks_of_all_ranks, is_sharded
 from .selection import SELECTORS, Selection
 from .student_inputs import StudentInputs
 from .target_selection import TargetSelector, select_beforehand
@@ -315,9 +314,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
             return None
         if self.args.jacobi_iterations is not None:
             return 1  # the same number on all ranks, if none leaves them out
-        is_latent = input_ids == self.student.config.latent_pad_token_id
-        own = torch.tensor([len(chunk_bounds(is_latent))], device=is_latent.device)
-        return int(self.accelerator.gather(own).max())
+        return chunks_of_all_ranks(self.accelerator, input_ids == self.student.config.latent_pad_token_id)
 
     @torch.no_grad()
     def encode_user_images(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

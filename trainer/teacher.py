@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .running.adapters import vision_modules
-from .running.sharding import gather_embeddings_once
+from .running.sharding import shard_for_inference
 
 
 TEACHER_FILE = "teacher.safetensors"
@@ -55,17 +53,12 @@ class MomentumTeacher:
 
     def shard(self, accelerator: Accelerator) -> None:
         """Shards the teacher as accelerate's FSDP2 shards the student; its frozen weights are then its own."""
-        fsdp2_prepare_model(accelerator, self.model)
-        gather_embeddings_once(self.model)
+        shard_for_inference(accelerator, self.model)
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
         """The teacher's outputs for the inputs of [`ILVRModel`]."""
-        outputs = self.model(**inputs)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # no backward pass does it
-        return outputs
+        return self.model(**inputs)
 
     @torch.no_grad()
     def update(self, student: torch.nn.Module) -> None:

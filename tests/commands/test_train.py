@@ -100,6 +100,22 @@ def test_train_with_test_data(data, backbone_dir, capsys):
     assert ILVRForConditionalGeneration.from_pretrained(run / "stage2").config.latent_size == 3
 
 
+def test_going_on_from_a_model(data, backbone_dir, processor, capsys):
+    """By the stages that have settings, and from the one before, or from the model where there is none."""
+    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3)
+    for part in (model, processor):
+        part.save_pretrained(data / "model")
+    command = ["train", str(data / "recipe.yaml"), "--dataset", str(data / "train.jsonl"), "--test_size", "2"]
+    grpo = "grpo={num_generations: 2, per_device_train_batch_size: 2, max_completion_length: 8, learning_rate: 0.1}"
+    assert main([*command, "--model", str(data / "model"), "--set", "stage2.max_steps=2", "--set", grpo]) == 0
+    run = data / "run"
+    assert list(json.loads((run / "results.json").read_text())) == ["start", "stage2", "grpo"]
+    assert not (run / "start").exists() and not (run / "stage1").exists()
+    for folder, size, name in ((data / "model", 3, "start"), (run / "stage2", 3, "stage2")):
+        assert ILVRForConditionalGeneration.from_pretrained(folder).config.latent_size == size, name
+    assert "| start | " in capsys.readouterr().out
+
+
 def test_what_is_held_out_follows_from_the_seed(data):
     def split(*arguments):
         train, task = load_own_data(parse("--dataset", data / "train.jsonl", *arguments))
@@ -130,6 +146,7 @@ def test_what_is_held_out_follows_from_the_seed(data):
         (["--dataset", "train.jsonl", "--set", "stage1=1"], "stage1 takes several settings by their names, got 1"),
         (["--dataset", "train.jsonl", "--set", "seed.a=1"], "--set seed.a: "),
         (["--task", "shifts", "--test_dataset", "test.jsonl"], "has its own tests"),
+        (["--dataset", "train.jsonl", "--model", "model"], "goes on as it is. Leave out backbone"),
         (["none.yaml"], "none.yaml"),
     ],
 )

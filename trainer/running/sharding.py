@@ -1,13 +1,18 @@
 """What the engines that shard a model (accelerate's FSDP2, DeepSpeed ZeRO-3) ask of a trainer with two models."""
 
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Embedding
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+
+from ilvr.latent_spans import chunk_bounds
 
 from .adapters import vision_modules
 
@@ -68,8 +73,14 @@ def prepare_sharding(
             "false."
         )
     if freeze_vision_tower:
-        vision = [student.get_submodule(name).to(accelerator.device) for name in vision_modules(student)]
-        plugin.ignored_modules = [*(plugin.ignored_modules or []), *vision]
+        keep_vision_whole(accelerator, student)
+
+
+def keep_vision_whole(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Keeps the vision tower of an [`ILVRModel`] out of what FSDP2 shards."""
+    plugin: Any = accelerator.state.fsdp_plugin
+    vision = [model.get_submodule(name).to(accelerator.device) for name in vision_modules(model)]
+    plugin.ignored_modules = [*(plugin.ignored_modules or []), *vision]
 
 
 def gather_embeddings_once(model: Any) -> None:
@@ -80,6 +91,57 @@ def gather_embeddings_once(model: Any) -> None:
     embeddings = model.get_input_embeddings()
     if isinstance(embeddings, FSDPModule):
         embeddings.set_reshard_after_forward(False)
+
+
+def chunks_of_all_ranks(accelerator: Accelerator, is_latent: torch.Tensor) -> int:
+    """The largest number of forwards that a rank's walk takes, which is `min_chunks` of all.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]).
+        is_latent (`torch.BoolTensor` of shape `(B, T)`): which columns of this rank's rows hold latents.
+    """
+    own = torch.tensor([len(chunk_bounds(is_latent))], device=is_latent.device)
+    return int(accelerator.gather(own).max())
+
+
+def _shards(model: torch.nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def shard_for_inference(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Shards a second model as accelerate's FSDP2 shards the trained one; no backward pass frees its weights."""
+    fsdp2_prepare_model(accelerator, model)
+    gather_embeddings_once(model)
+
+    def free(module: torch.nn.Module, args: Any, outputs: Any) -> None:
+        for shard in _shards(module):
+            shard.reshard()
+
+    model.register_forward_hook(free)
+
+
+@contextmanager
+def gathered(accelerator: Accelerator, student: PreTrainedModel) -> Generator[None]:
+    """Within it each rank has all weights of an FSDP2 model, and generates as many tokens as its own rows have.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]).
+        student ([`ILVRForConditionalGeneration`]): without wrappers.
+    """
+    if not accelerator.is_fsdp2:
+        yield
+        return
+    core, plugin, shards = cast(Any, student).model.core, accelerator.state.fsdp_plugin, _shards(student)
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for layer in core.get_decoder().layers:  # other parts stay gathered until a backward pass, as before
+            layer.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
+        for shard in shards:
+            shard.reshard()
 
 
 class ShardingCallback(TrainerCallback):
