@@ -34,7 +34,8 @@ def run(options: Namespace) -> int:
     settings = {"max_new_tokens": options.max_new_tokens, "streamer": streamer, "output_latents": True, **sampling}
     (answer,) = answer_batch(model, processor, [sample], **settings)
     if picture:
-        draw_answers(model, processor, [(sample, answer.text, cast(torch.Tensor, answer.latents))], picture)
+        row = sample, answer.text, cast(torch.Tensor, answer.latents)
+        draw_answers(model, processor, [row], picture, max_spans=answer.spans)
     if options.json:
         found = {
             "answer": answer.text,

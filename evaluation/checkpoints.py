@@ -1,6 +1,7 @@
 """What a run reports of its checkpoints: scores, a table, model cards, pictures, and a reload in a fresh process."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
+from ilvr.data import prompt_of
 from ilvr.data.conversations import image_roles
 from ilvr.hub_cards import ILVRModelCard, Result
 from ilvr.tasks import Task
@@ -107,11 +109,24 @@ def evaluate_checkpoints(
             **generate_kwargs,
         )
         print(f"Latents of {name} drawn to {folder / 'latents.png'}")
+        print(_command_that_asks(folder, name, few[0]))
     if reload:
         some = test.select(_first_of_each(task, test, 16))
         answers = generate_answers(model, processor, some, batch_size=len(some), desc="Here", **generate_kwargs)
         _check_reload(folder, name, some, answers, {**GREEDY, **generate_kwargs}["max_new_tokens"])
     return results
+
+
+def _command_that_asks(folder: Path, name: str, sample: dict[str, Any]) -> str:
+    """How the command line asks a question of one picture, which is saved as a file of its own."""
+    parts = prompt_of(sample)[-1]["content"]
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    if len(images) != 1:
+        return ""
+    images[0].save(folder / "question.png")
+    asked = "".join(part["text"] for part in parts if part["type"] == "text")
+    command = shlex.join(["ilvr", "generate", str(folder / name), str(folder / "question.png"), asked])
+    return f"One of the questions, to ask it yourself:\n{command}"
 
 
 def _load(folder: Path, name: str) -> ILVRForConditionalGeneration:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_peft_available
 
 from .configuration_ilvr import LATENT_TOKENS
 
@@ -115,8 +116,13 @@ def load_adapter(model_class: Any, name_or_path: str, adapter_config: str, hub: 
 
     Raises:
         ValueError: if there is no ILVR config, or the caller asks for another `latent_size`.
+        ImportError: without peft.
     """
-    from peft import PeftModel
+    # Within such a condition transformers does not ask those for peft who load a checkpoint without an adapter.
+    if is_peft_available():
+        from peft import PeftModel
+    else:
+        raise ImportError(f"{name_or_path} holds an adapter, which needs peft: `pip install peft`.")
 
     with open(adapter_config, encoding="utf-8") as file:
         base = kwargs.pop("backbone", None) or json.load(file).get("base_model_name_or_path")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from ilvr import ILVRConfig, ILVRForConditionalGeneration
 from ilvr.trainer.ilvr_trainer import freeze_vision_tower
 from ilvr_commands import train
 from ilvr_commands.arguments import build_parser
+from ilvr_commands.main import main
 from ilvr_commands.recipe import Recipe, phases_of, read_recipe
 
 
@@ -99,7 +101,10 @@ def test_the_recipe_of_make_train_and_rewards_after_it(tmp_path, capfd):
     rewarded, stage2 = ((run / phase / "model.safetensors").read_bytes() for phase in ("grpo", "stage2"))
     assert rewarded == stage2  # it goes on from there, here at a rate of 0
     assert "GRPO" in (run / "grpo" / "README.md").read_text()
-    assert "the same 6 answers" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "the same 6 answers" in printed
+    command = shlex.split(next(line for line in printed.splitlines() if line.startswith("ilvr generate ")))
+    assert main(command[1:]) == 0 and command[2] == str(run / "grpo")
 
 
 def test_the_main_job_in_two_processes(tmp_path):

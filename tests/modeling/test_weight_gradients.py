@@ -1,5 +1,6 @@
 """Gradients of weights that are made once for all uses equal those that autograd makes for each."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from helpers import SPAN_SAMPLES, encode, next_token_loss, run_without_ilvr
 from helpers import gradients as gradients_of
 from safetensors.torch import load_file
 from torch import nn
+from transformers.dynamic_module_utils import get_imports
 
 import ilvr
 from ilvr.latent_filling import ChunkGradients
@@ -105,6 +107,8 @@ def test_what_travels_trains_without_it(model, processor, tmp_path):
     travels = {file.name for file in (tmp_path / "model").glob("*.py")}
     stays = {file.name for file in Path(ilvr.__file__).parent.glob("*.py")} - travels
     assert stays == {"__init__.py", "weight_gradients.py"}
+    asked_for = {package for name in travels for package in get_imports(tmp_path / "model" / name)}
+    assert asked_for <= {"torch", "transformers", "jinja2", *sys.stdlib_module_names}  # jinja2: as all chat templates
     assert ChunkGradients.gather is GatheredWeightGradients  # in the package, where the walk makes use of it
     inputs = encode(processor, SPAN_SAMPLES)
     torch.save(dict(inputs), tmp_path / "inputs.pt")
