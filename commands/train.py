@@ -100,7 +100,7 @@ def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
 
 def load(recipe: Recipe, phase: str) -> Any:
     """What a phase saved: a model, or an adapter over the backbone."""
-    adapter = {"backbone": backbone_of(recipe)} if recipe.lora else {}
+    adapter: dict[str, Any] = {"backbone": backbone_of(recipe)} if recipe.lora else {}
     return load_model(f"{recipe.output_dir}/{phase}", **adapter, **recipe.model_kwargs)
 
 
@@ -183,7 +183,8 @@ def run_recipe(recipe: Recipe) -> None:
         processor.save_pretrained(f"{recipe.output_dir}/merged")
     if task is not None:
         print("\n=== evaluation ===", flush=True)
-        scored = cards if recipe.model is None else {START: None, **cards}
+        given = {} if recipe.model is None else {START: None}
+        scored: dict[str, ILVRModelCard | None] = {**given, **cards}
         evaluate_checkpoints(
             *(task, scored, recipe.output_dir),
             forms={phase: "answer" if phase == "base" else FORMS[phase] for phase in scored},

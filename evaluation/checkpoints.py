@@ -36,7 +36,7 @@ PICTURED = 4  # samples in the picture of latents, at most
 
 def evaluate_checkpoints(
     task: Task,
-    cards: Mapping[str, ILVRModelCard | None],
+    cards: dict[str, ILVRModelCard | None],
     folder: str | Path,
     *,
     forms: dict[str, str],

@@ -47,7 +47,7 @@ def evaluating(trainer: ILVRTrainer) -> Generator[None]:
     training = model.training
     model.eval()
     try:
-        with gathered(trainer.accelerator, trainer.student), trainer.accelerator.autocast():
+        with gathered(trainer.accelerator, trainer.model), trainer.accelerator.autocast():
             yield
     finally:
         model.train(training)

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, Image, List
 from distributed_run import shard_on_cpu, whole
 from helpers import SAMPLES, make_dataset, make_image
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor, pad_spans
@@ -50,14 +51,14 @@ def length_reward(completion_ids, **kwargs):
 def generated(trainer: ILVRGRPOTrainer, num_tokens: int) -> list[int]:
     """Tokens as a rollout makes them, by a rank that needs more forwards than another, or fewer."""
     inputs = trainer.processing_class(text="Plan", return_tensors="pt").to(trainer.accelerator.device)
-    with gathered(trainer.accelerator, trainer.student), torch.no_grad():
+    with gathered(trainer.accelerator, trainer.model), torch.no_grad():
         tokens = trainer.student.generate(
             **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
         )
     return tokens[0].tolist()
 
 
-def run(name: str, output_dir: Path, *, folder: str, batch_size: int, resume: int = 0, **settings):
+def run(name: str, output_dir: Path, *, folder: str, batch_size: int, resume: int = 0, lora: bool = False, **settings):
     """Trains and saves losses and whole weights; with `resume`, goes on from that step's checkpoint."""
     torch.manual_seed(0)
     rows = [
@@ -91,6 +92,7 @@ def run(name: str, output_dir: Path, *, folder: str, batch_size: int, resume: in
         ILVRGRPOConfig(str(output_dir / "run"), **{**defaults, **settings}),
         train_dataset=Dataset.from_list(rows).cast_column("images", List(Image())),
         processing_class=ILVRProcessor.from_pretrained(folder),
+        peft_config=LoraConfig(r=2, target_modules="all-linear") if lora else None,
     )
     checkpoint = output_dir / "run" / f"checkpoint-{resume}"
     trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)

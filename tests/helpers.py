@@ -28,6 +28,14 @@ def perturb(model, scale: float = 0.2, seed: int = 1):
     return model
 
 
+def untie(model) -> None:
+    """Gives the language-model head weights of its own."""
+    head = model.vlm.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach() + 0.01)
+    for config in (model.config, model.vlm.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
 def make_image(color: str, size: int = 32) -> PILImage.Image:
     """An image with a coloured corner; 32 pixels are 2 x 2 visual tokens."""
     image = PILImage.new("RGB", (size, size), "white")

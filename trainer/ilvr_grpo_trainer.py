@@ -27,7 +27,13 @@ from .ilvr_grpo_config import ILVRGRPOConfig
 from .inputs.prompts import SeededByEpoch
 from .losses import gaussian_log_density
 from .rollouts import WithLatents, rollouts_with_latents
-from .running.adapters import complete_peft_config, complete_reference_adapter, freeze_vision_tower, ilvr_model
+from .running.adapters import (
+    complete_head,
+    complete_peft_config,
+    complete_reference_adapter,
+    freeze_vision_tower,
+    ilvr_model,
+)
 from .running.checks import check_agreement, check_rows_of_any_length, warn_of_slow_bf16
 from .running.durable_trainer import DurableTrainer
 from .running.loading import load_model, load_processor
@@ -69,7 +75,8 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
 
     Raises:
         ValueError: before training starts, if processor and model disagree, or for what cannot have latents: tools,
-            environments and rollouts of one's own, ZeRO-3, linear attention.
+            environments and rollouts of one's own, ZeRO-3, adapters under FSDP2, linear
+            attention.
 
     Example:
 
@@ -140,9 +147,15 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         args.beta, args.sync_ref_model = beta, sync
         if is_sharded(self.accelerator) and not self.accelerator.is_fsdp2:
             raise ValueError("Rollouts with latents do not work with ZeRO-3. Train with FSDP2, ZeRO-2 or DDP.")
+        if self.accelerator.is_fsdp2 and not isinstance(self.student.get_output_embeddings(), torch.nn.Linear):
+            raise ValueError(
+                "TRL's fused head reads the rows that PEFT trains outside of the forward that gathers them. Train the "
+                "adapter with DDP or ZeRO-2."
+            )
         if self.aux_loss_enabled:
             raise ValueError("An ILVR model hands on no router logits. Set router_aux_loss_coef to 0.")
         self.first_latent_norm = 0.0
+        complete_head(self.model)
         complete_reference_adapter(self.model)
         if reference is not None:
             self._set_reference(reference)
@@ -170,7 +183,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         rollouts = rollouts_with_latents(self.student, self.args.latent_sigma)
-        with gathered(self.accelerator, self.student), rollouts as latents:
+        with gathered(self.accelerator, self.model), rollouts as latents:
             completions = super()._generate_single_turn(*args, **kwargs)
         self._latents = pad_spans(latents)
         self._rollout_latents = latents

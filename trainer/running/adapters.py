@@ -54,6 +54,13 @@ def complete_peft_config(peft_config: Any, model: Any, *, freeze_vision: bool) -
     return peft_config
 
 
+def complete_head(model: Any) -> None:
+    """Lets TRL's fused head ask a head for its bias where PEFT trains rows of it, and wraps it without one."""
+    head = ilvr_model(model).get_output_embeddings()
+    if not hasattr(head, "bias") and head.original_module.bias is None:
+        head.bias = None
+
+
 def complete_reference_adapter(model: Any) -> None:
     """Copies rows of trained tokens into TRL's adapter "ref", which is to be what training starts from.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from ilvr.latent_spans import chunk_bounds
 
-from .adapters import vision_modules
+from .adapters import ilvr_model, vision_modules
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -121,24 +121,26 @@ def shard_for_inference(accelerator: Accelerator, model: torch.nn.Module) -> Non
 
 
 @contextmanager
-def gathered(accelerator: Accelerator, student: PreTrainedModel) -> Generator[None]:
+def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Generator[None]:
     """Within it each rank has all weights of an FSDP2 model, and generates as many tokens as its own rows have.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]).
-        student ([`ILVRForConditionalGeneration`]): without wrappers.
+        model ([`ILVRForConditionalGeneration`] or `PeftModel` over one): as it was prepared for training.
     """
     if not accelerator.is_fsdp2:
         yield
         return
-    core, plugin, shards = cast(Any, student).model.core, accelerator.state.fsdp_plugin, _shards(student)
+    plugin, shards = cast(Any, accelerator.state.fsdp_plugin), _shards(model)
     for shard in shards:
         shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()
     try:
         yield
     finally:
-        for layer in core.get_decoder().layers:  # other parts stay gathered until a backward pass, as before
+        for layer in (
+            ilvr_model(model).model.core.get_decoder().layers
+        ):  # other parts stay gathered until a backward pass, as before
             layer.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
         for shard in shards:
             shard.reshard()

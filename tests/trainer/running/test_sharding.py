@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate import DistributedType
 from distributed_run import run
-from helpers import every_backbone, perturb
+from helpers import every_backbone, perturb, untie
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -47,10 +47,7 @@ def folders(tmp_path_factory, backbone_dir, processor):
             ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3, latent_head="linear"), scale=0.1
         )
         if untied:
-            head = model.vlm.lm_head
-            head.weight = torch.nn.Parameter(head.weight.detach() + 0.01)
-            for config in (model.config, model.vlm.config, model.config.get_text_config()):
-                config.tie_word_embeddings = False
+            untie(model)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return folders
