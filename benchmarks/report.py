@@ -121,6 +121,18 @@ def tables(results) -> str:
             "",
             f"A step of GRPO, whose latents are walked again, takes {over_trl(results, 'step'):.2f} of TRL's.",
         ]
+    if "evaluation" in results:
+        seconds = {name: side["seconds"] for name, side in results["evaluation"].items()}
+        over_generate, passes = (
+            ratio(seconds[a], seconds[b]) for a, b in (("evaluate", "generate"), ("controls", "evaluate"))
+        )
+        rate = 4 / statistics.median(seconds["evaluate"])
+        lines += [
+            "",
+            f"`ilvr evaluate` answers {rate:.2f} questions a second in batches of four, in {over_generate:.2f} of "
+            f"the time of `generate` alone; with the four controls of a training run it takes {passes:.1f} times "
+            "as long.",
+        ]
     if "inputs" in results:
         lines += [
             "",

@@ -18,7 +18,7 @@ import torch
 
 from . import inputs, measure, report, scaling
 from .model import Workload, build_backbone
-from .sides import generation_sides, grpo_sides, stage_sides, text_sides, training_run
+from .sides import evaluation_sides, generation_sides, grpo_sides, stage_sides, text_sides, training_run
 
 
 CENTRE = Workload()
@@ -87,8 +87,10 @@ def others(folder: Path, quick: bool) -> dict:
     runs["stage 1, images processed at each step"] = training_run(folder, CENTRE, 1, num_steps)
     text = measure.alternate(text_sides(folder, CENTRE), rounds=15)
     grpo = measure.alternate(grpo_sides(folder, Workload(batch=4), ROLLED_OUT), rounds=2 if quick else 3)
+    asked = measure.alternate(evaluation_sides(folder, Workload(batch=4), GENERATED), rounds=2 if quick else 3)
     imports = {name: measure.import_seconds(name) for name in IMPORTS}
-    measured = {"generation": generation, "text": text, "grpo": grpo, "runs": runs, "imports": imports}
+    measured = {"generation": generation, "text": text, "grpo": grpo, "evaluation": asked}
+    measured |= {"runs": runs, "imports": imports}
     return {**measured, "inputs": inputs.rows(quick), "ceilings": measure.ceilings()}
 
 

@@ -12,6 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ilvr.data import prompt_of
+from ilvr.evaluation import Evaluator, Questions, run_controls
+from ilvr.evaluation.controls import REPORTED
 from ilvr.trainer import ILVRGRPOConfig, ILVRGRPOTrainer, make_prompts
 
 from .model import Workload, load, make_batch, make_sample, make_trainer, whole_teacher
@@ -115,6 +118,40 @@ def generation_sides(folder, workload, num_steps: int) -> dict:
     sides["static"] = side(model, num_steps, cache_implementation="static")
     sides["parallel"] = side(model, num_steps, jacobi_iterations=PARALLEL["jacobi_iterations"])
     return sides | {f"{name}, 1 step": side(generator, 1) for name, generator in both.items()}
+
+
+def evaluation_sides(folder, workload, num_steps: int) -> dict:
+    """A batch of questions, answered with the same words: `generate` alone, `evaluate`, and `controls` beside it.
+
+    `evaluate` is an `Evaluator`, which opens the images, reads the answers and scores them; `controls` are its run and
+    those under `REPORTED`, which is what a training run reports.
+    """
+    model, processor = load(folder, workload.latents)
+    batch = make_batch(make_trainer(model, processor, workload, 2, folder))
+    answer = batch["input_ids"][0, int((batch["assistant_mask"][0].cumsum(0) == 0).sum()) :]
+    generate = model.eval().generate
+
+    def scripted(**inputs):
+        script = LogitsProcessorList([Script(inputs["input_ids"].shape[1], answer)])
+        return generate(**inputs, logits_processor=script)
+
+    model.generate = scripted
+    rows = [{**make_sample(workload, processor), "answer": "Up"}] * workload.batch
+    dataset = Dataset.from_list(rows).cast_column("images", List(Image()))
+    options = {"max_new_tokens": num_steps, "min_new_tokens": num_steps, "do_sample": False}
+    evaluator = Evaluator(model, processor, Questions.of_dataset(dataset), batch_size=workload.batch, **options)
+    inputs = processor.apply_chat_template(
+        [prompt_of(row) for row in dataset],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    return {
+        "generate": lambda: model.generate(**inputs, **options),
+        "evaluate": evaluator.run,
+        "controls": lambda: run_controls(evaluator, REPORTED),
+    }
 
 
 def grpo_sides(folder, workload, num_steps: int) -> dict:
