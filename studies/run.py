@@ -131,7 +131,9 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
     else:
         source = run(study, arm.after, seed)
         model = ILVRForConditionalGeneration.from_pretrained(source, **arm.model)
-        processor = ILVRProcessor.from_pretrained(source, latent_size=model.config.latent_size)
+        processor = ILVRProcessor.from_pretrained(source)
+        if model.config.latent_size != processor.latent_size:  # the chat template says how many latents a span has
+            processor = ILVRProcessor.from_backbone(source / "backbone", latent_size=model.config.latent_size)
     print(f"\n=== {name}, seed {seed} ===", flush=True)
     data, settings = task.dataset("train", arm.form), study.settings_of(name, seed)
     if study.training_samples is not None:
