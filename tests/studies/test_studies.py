@@ -114,7 +114,7 @@ def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypat
 
 def test_a_rehearsal_runs_each_arm_and_keeps_nothing(tmp_path, monkeypatch, capsys):
     """As large as the study's models, few steps; checkpoints and results of the study itself are not touched."""
-    arms = {name: SHIFTS["arms"][name] for name in (*KEPT, "oracle", "grpo_replay")}
+    arms = {name: SHIFTS["arms"][name] for name in (*KEPT, "oracle", "slots_repeat", "grpo_replay")}
     content = {**TINY, "arms": arms, "training": {**SHIFTS["training"], "disable_tqdm": True}}
     here = tmp_path / "here"
     here.mkdir()
