@@ -21,7 +21,7 @@ class Recipe:
         default_factory=dict, metadata={"help": "sizes of one that is built if none is named"}
     )
     model_kwargs: dict = field(default_factory=dict, metadata={"help": "arguments of from_pretrained"})
-    latent_size: int = field(default=8, metadata={"help": "latents in a span"})
+    latent_size: int = field(default=8, metadata={"help": "latents in a span of a new model"})
     latent_head: str | None = field(
         default=None, metadata={"help": "rescale, identity (paper), linear or mlp; by default that of from_backbone"}
     )
@@ -147,8 +147,9 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def _check_model(recipe: Recipe) -> None:
     """What cannot be beside `model`, which is trained already."""
-    names = ("backbone", "small_backbone", "base", "answer_only", "text", "latent_head", "lora")
-    given = [name for name in names if getattr(recipe, name)]
+    names = ("backbone", "small_backbone", "base", "answer_only", "text", "latent_size", "latent_head", "lora")
+    new = Recipe()
+    given = [name for name in names if getattr(recipe, name) != getattr(new, name)]
     if given:
         raise ValueError(f"`model` is trained already, and goes on as it is. Leave out {', '.join(given)}.")
     if not (recipe.stage1 or recipe.stage2 or recipe.grpo):

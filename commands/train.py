@@ -10,7 +10,7 @@ With `model` training goes on from an ILVR model, by the stages that have settin
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -89,7 +89,7 @@ def backbone_of(recipe: Recipe) -> str:
 def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
     """The model and processor that training starts from."""
     if recipe.model is not None:
-        return load_model(recipe.model, **recipe.model_kwargs), load_processor(recipe.model)
+        return load(recipe, START), load_processor(recipe.model)
     backbone = backbone_of(recipe)
     torch.manual_seed(recipe.seed)  # a new latent head has the same weights in each process
     options: dict[str, Any] = {"latent_size": recipe.latent_size}
@@ -99,15 +99,15 @@ def start(recipe: Recipe) -> tuple[Any, ILVRProcessor]:
 
 
 def load(recipe: Recipe, phase: str) -> Any:
-    """What a phase saved: a model, or an adapter over the backbone."""
+    """What a phase saved, or what training started from: a model, or an adapter over the backbone."""
     adapter: dict[str, Any] = {"backbone": backbone_of(recipe)} if recipe.lora else {}
-    return load_model(f"{recipe.output_dir}/{phase}", **adapter, **recipe.model_kwargs)
+    source = recipe.model if recipe.model and phase == START else f"{recipe.output_dir}/{phase}"
+    return load_model(source, **adapter, **recipe.model_kwargs)
 
 
 def load_whole(recipe: Recipe, phase: str) -> Any:
-    """What a phase saved, or what training started from, with an adapter merged into it."""
-    started = phase == START
-    model = load_model(cast(str, recipe.model), **recipe.model_kwargs) if started else load(recipe, phase)
+    """The same, with an adapter merged into the model."""
+    model = load(recipe, phase)
     return model.merge_and_unload() if is_peft_model(model) else model
 
 

@@ -6,8 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from helpers import make_image, write_jsonl
+from helpers import make_image, perturb, write_jsonl
+from safetensors.torch import load_file
 
 from ilvr import ILVRForConditionalGeneration
 from ilvr.data import load_conversations
@@ -102,18 +104,26 @@ def test_train_with_test_data(data, backbone_dir, capsys):
 
 def test_going_on_from_a_model(data, backbone_dir, processor, capsys):
     """By the stages that have settings, and from the one before, or from the model where there is none."""
-    model = ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3)
+    model = perturb(ILVRForConditionalGeneration.from_backbone(backbone_dir, latent_size=3), scale=0.1)
     for part in (model, processor):
         part.save_pretrained(data / "model")
-    command = ["train", str(data / "recipe.yaml"), "--dataset", str(data / "train.jsonl"), "--test_size", "2"]
-    grpo = "grpo={num_generations: 2, per_device_train_batch_size: 2, max_completion_length: 8, learning_rate: 0.1}"
-    assert main([*command, "--model", str(data / "model"), "--set", "stage2.max_steps=2", "--set", grpo]) == 0
+    recipe = yaml.safe_load((data / "recipe.yaml").read_text())
+    (data / "further.yaml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if k != "latent_size"}))
+    command = ["train", str(data / "further.yaml"), "--dataset", str(data / "train.jsonl"), "--test_size", "2"]
+    command += ["--model", str(data / "model"), "--set", "stage2={max_steps: 2, learning_rate: 0.001}"]
+    grpo = "grpo={num_generations: 2, per_device_train_batch_size: 2, max_completion_length: 8, learning_rate: 0.0}"
+    assert main([*command, "--set", grpo]) == 0
     run = data / "run"
     assert list(json.loads((run / "results.json").read_text())) == ["start", "stage2", "grpo"]
     assert not (run / "start").exists() and not (run / "stage1").exists()
-    for folder, size, name in ((data / "model", 3, "start"), (run / "stage2", 3, "stage2")):
-        assert ILVRForConditionalGeneration.from_pretrained(folder).config.latent_size == size, name
     assert "| start | " in capsys.readouterr().out
+    given, stage2, rewarded = (
+        load_file(f / "model.safetensors") for f in (data / "model", run / "stage2", run / "grpo")
+    )
+    assert all(weight.equal(rewarded[name]) for name, weight in stage2.items())
+    assert not all(weight.equal(given[name]) for name, weight in stage2.items())
+    for name, weight in stage2.items():  # two steps from there
+        torch.testing.assert_close(weight, given[name], rtol=0, atol=0.01, msg=name)
 
 
 def test_what_is_held_out_follows_from_the_seed(data):
@@ -146,7 +156,7 @@ def test_what_is_held_out_follows_from_the_seed(data):
         (["--dataset", "train.jsonl", "--set", "stage1=1"], "stage1 takes several settings by their names, got 1"),
         (["--dataset", "train.jsonl", "--set", "seed.a=1"], "--set seed.a: "),
         (["--task", "shifts", "--test_dataset", "test.jsonl"], "has its own tests"),
-        (["--dataset", "train.jsonl", "--model", "model"], "goes on as it is. Leave out backbone"),
+        (["--dataset", "train.jsonl", "--model", "model"], "goes on as it is. Leave out backbone, latent_size"),
         (["none.yaml"], "none.yaml"),
     ],
 )
