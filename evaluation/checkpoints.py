@@ -109,24 +109,23 @@ def evaluate_checkpoints(
             **generate_kwargs,
         )
         print(f"Latents of {name} drawn to {folder / 'latents.png'}")
-        print(_command_that_asks(folder, name, few[0]))
     if reload:
         some = test.select(_first_of_each(task, test, 16))
         answers = generate_answers(model, processor, some, batch_size=len(some), desc="Here", **generate_kwargs)
         _check_reload(folder, name, some, answers, {**GREEDY, **generate_kwargs}["max_new_tokens"])
+    _offer_a_question(folder, name, few[0])
     return results
 
 
-def _command_that_asks(folder: Path, name: str, sample: dict[str, Any]) -> str:
-    """How the command line asks a question of one picture, which is saved as a file of its own."""
-    parts = prompt_of(sample)[-1]["content"]
+def _offer_a_question(folder: Path, name: str, sample: dict[str, Any]) -> None:
+    """Prints the command that asks a question of one picture, which is saved as a file of its own."""
+    parts = [part for turn in prompt_of(sample) for part in turn["content"]]
     images = [part["image"] for part in parts if part["type"] == "image"]
-    if len(images) != 1:
-        return ""
-    images[0].save(folder / "question.png")
-    asked = "".join(part["text"] for part in parts if part["type"] == "text")
-    command = shlex.join(["ilvr", "generate", str(folder / name), str(folder / "question.png"), asked])
-    return f"One of the questions, to ask it yourself:\n{command}"
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    if len(images) == len(texts) == 1:  # what the command takes
+        images[0].save(folder / "question.png")
+        command = ["ilvr", "generate", str(folder / name), str(folder / "question.png"), texts[0]]
+        print(f"One of the questions, to ask it yourself:\n{shlex.join(command)}")
 
 
 def _load(folder: Path, name: str) -> ILVRForConditionalGeneration:

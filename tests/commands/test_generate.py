@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import make_image
+from PIL import Image as PILImage
 
 from ilvr import ILVRForConditionalGeneration
 from ilvr_commands.generate import TraceStreamer
@@ -67,6 +68,23 @@ def test_generate(checkpoint, picture, tmp_path, monkeypatch, capsys):
     assert (found["spans"], found["tokens"], found["finished"], found["boxed"]) == (1, 8, False, None)
     assert shown.out == f"{found['trace']}\n" and "picture" not in found
     assert found["trace"].removeprefix("[latent 1]").strip() == found["answer"].strip()
+
+
+def test_all_spans_are_drawn(checkpoint, picture, tmp_path, monkeypatch):
+    original = ILVRForConditionalGeneration.generate
+
+    def open_spans(model, *args, **kwargs):
+        ids = list(model.config.latent_token_ids)  # a start wherever no span is open
+        return original(model, *args, prefix_allowed_tokens_fn=lambda batch, row: ids, **kwargs)
+
+    monkeypatch.setattr(ILVRForConditionalGeneration, "generate", open_spans)
+    widths = []
+    for spans in (6, 7):
+        tokens = spans * (ILVRForConditionalGeneration.from_pretrained(checkpoint).config.latent_size + 2)
+        command = ["generate", checkpoint, picture, "Plan", f"--max_new_tokens={tokens}", "--picture"]
+        assert main([*command, str(tmp_path / "latents.png")]) == 0
+        widths.append(PILImage.open(tmp_path / "latents.png").width)
+    assert widths[1] > widths[0]
 
 
 def test_sampling_follows_the_seed(checkpoint, picture, capsys):
