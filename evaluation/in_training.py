@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from ilvr.trainer import ILVRTrainer
-from ilvr.trainer.running.sharding import gathered, is_sharded
+from ilvr.trainer.running.sharding import gathered, is_zero3
 
 from .questions import Questions
 from .records import Evaluator
@@ -29,7 +29,7 @@ def evaluator_of(
     Raises:
         ValueError: if a question has no answer, or the model is sharded by ZeRO-3.
     """
-    if is_sharded(trainer.accelerator) and not trainer.accelerator.is_fsdp2:
+    if is_zero3(trainer.accelerator):
         raise ValueError(
             "A model under ZeRO-3 cannot generate while it is trained. Leave the callback out, or train with FSDP2, "
             "DDP or ZeRO-2."

@@ -41,6 +41,7 @@ from .running.sharding import (
     chunks_of_all_ranks,
     gathered,
     is_sharded,
+    is_zero3,
     keep_vision_whole,
     shard_for_inference,
 )
@@ -75,8 +76,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
 
     Raises:
         ValueError: before training starts, if processor and model disagree, or for what cannot have latents: tools,
-            environments and rollouts of one's own, ZeRO-3, adapters under FSDP2, linear
-            attention.
+            environments and rollouts of one's own, ZeRO-3, adapters under FSDP2, linear attention.
 
     Example:
 
@@ -145,7 +145,7 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
             **kwargs,
         )
         args.beta, args.sync_ref_model = beta, sync
-        if is_sharded(self.accelerator) and not self.accelerator.is_fsdp2:
+        if is_zero3(self.accelerator):
             raise ValueError("Rollouts with latents do not work with ZeRO-3. Train with FSDP2, ZeRO-2 or DDP.")
         if self.accelerator.is_fsdp2 and not isinstance(self.student.get_output_embeddings(), torch.nn.Linear):
             raise ValueError(

@@ -99,6 +99,6 @@ def test_what_cannot_be_measured_is_refused(model, processor, tmp_path, monkeypa
         SwapGapCallback(trainer, ASKED.remove_columns("answer"))
     with pytest.raises(ValueError, match="got 1 and num_samples=64"):
         SwapGapCallback(trainer, ASKED.select([0]))
-    monkeypatch.setattr("ilvr.evaluation.in_training.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("ilvr.evaluation.in_training.is_zero3", lambda accelerator: True)
     with pytest.raises(ValueError, match="ZeRO-3 cannot generate"):
         SwapGapCallback(trainer, ASKED)

@@ -109,6 +109,12 @@ def test_two_processes_train_like_one(together, alone, engine, name):
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-6, msg=key)
 
 
+def test_a_reference_that_follows_is_nearer(alone):
+    logs = [json.loads((alone / f"{name}.json").read_text())["log"] for name in ("recompute", "synced")]
+    stays, follows = (log[-2]["kl"] for log in logs)
+    assert 0 < follows < stays / 2
+
+
 @pytest.mark.parametrize("engine", WRAPPERS)
 def test_each_rank_generates_as_many_tokens_as_it_needs(together, alone, engine):
     one, two = (json.loads((folder / "recompute.json").read_text()) for folder in (alone, together(engine)))

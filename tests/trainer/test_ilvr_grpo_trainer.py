@@ -5,8 +5,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Image, List
-from helpers import SAMPLES, gradients, largest_difference, make_dataset, make_image, perturb, prefix_recompute
+from helpers import SAMPLES, gradients, largest_difference, make_dataset, make_image, perturb, prefix_recompute, untie
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -254,6 +255,20 @@ def test_rollouts_of_several_parts_are_refused(model, processor, tmp_path, name)
 def test_linear_attention_is_refused(model, processor, tmp_path):
     with pytest.raises(ValueError, match="changes the state of linear attention"):
         make_grpo_trainer(model, processor, tmp_path)
+
+
+def test_engines_that_cannot_are_refused(model, processor, tmp_path, monkeypatch):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ValueError, match="do not work with ZeRO-3"),
+    ):
+        patched.setattr("ilvr.trainer.ilvr_grpo_trainer.is_zero3", lambda accelerator: True)
+        make_grpo_trainer(model, processor, tmp_path)
+    untie(model)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    monkeypatch.setattr("ilvr.trainer.running.durable_trainer.prepare_sharding", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="rows that PEFT trains .* adapter with DDP"):
+        make_grpo_trainer(model, processor, tmp_path, peft_config=LoraConfig(target_modules="all-linear"))
 
 
 # ------------------------------------------------------------------------------------------ replayed and drawn latents

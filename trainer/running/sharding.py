@@ -19,8 +19,12 @@ from .adapters import ilvr_model, vision_modules
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a forward of a layer gathers weights from all ranks, which then have to run equally many forwards."""
+    return accelerator.is_fsdp2 or is_zero3(accelerator)
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
     plugin = accelerator.state.deepspeed_plugin
-    return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -138,9 +142,8 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Generator[None
     try:
         yield
     finally:
-        for layer in (
-            ilvr_model(model).model.core.get_decoder().layers
-        ):  # other parts stay gathered until a backward pass, as before
+        # The layers alone: other parts stay gathered until a backward pass, as before.
+        for layer in ilvr_model(model).model.core.get_decoder().layers:
             layer.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
         for shard in shards:
             shard.reshard()
