@@ -34,6 +34,7 @@ LOGGED = ("loss", "latent_cosine", "retrieval_at_1", "followed_share", "latent_n
 LOGGED += ("reward", "rewards/accuracy/mean", "spans_per_sample", "samples_without_spans", "entropy")
 LOGGED += ("latent_norm_drift", "completions/mean_length")
 HELD_OUT = ("eval_accuracy", "eval_swapped_accuracy", "eval_emission_rate")
+ROUNDS = 3  # of training, at most, of an arm that has `until_loss`
 WATCHED = 128  # questions that an arm is asked while it trains
 
 
@@ -153,11 +154,22 @@ def train(study: Study, name: str, seed: int, folder: Path) -> None:
         options = {"batch_size": study.batch_size, "max_new_tokens": study.max_new_tokens}
         trainer.add_callback(SwapGapCallback(trainer, questions, num_samples=few, every=arm.watched, **options))
     start = time.perf_counter()
-    trainer.train()
+    for _ in range(ROUNDS):
+        trainer.optimizer = None  # each round has a new one, as it has a new schedule
+        trainer.train()
+        if arm.until_loss is None or last_loss(trainer) <= arm.until_loss:
+            break
+    else:
+        raise ValueError(f"{name}, seed {seed}: the loss is {last_loss(trainer):.3f}, and should be {arm.until_loss}.")
     trainer.save_model()
     (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
     (folder / "commit.json").write_text(json.dumps(commit()))
     trainer.save_state()
+
+
+def last_loss(trainer: ILVRTrainer | ILVRGRPOTrainer) -> float:
+    """The mean over the last steps that were logged."""
+    return next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
 
 
 def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:

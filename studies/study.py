@@ -25,6 +25,8 @@ class Arm:
         controls (`list[str]`, *optional*): what its tests run beside its own latents, see `ilvr.evaluation`.
         rewards (`list[str]`, *optional*): makes it reinforcement learning: `accuracy`, `format`, `span`,
             `latent_contrast`.
+        until_loss (`float`, *optional*): trained again by the same settings, a second and a third time, until the loss
+            that it logs last is at most this.
         watched (`int`, *optional*): steps between two looks at held-out questions of its own task while it trains.
         note (`str`, *optional*): what it is, for the table.
     """
@@ -37,6 +39,7 @@ class Arm:
     model: dict[str, Any] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
     rewards: list[str] = field(default_factory=list)
+    until_loss: float | None = None
     watched: int | None = None
     note: str = ""
 
@@ -99,7 +102,7 @@ class Study:
         few |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
         short = {"num_generations": 2, "max_completion_length": 8}
         arms = {
-            name: replace(arm, settings={**arm.settings, **few, **(short if arm.rewards else {})})
+            name: replace(arm, settings={**arm.settings, **few, **(short if arm.rewards else {})}, until_loss=None)
             for name, arm in self.arms.items()
         }
         tests = {name: {**own, "samples": 8} for name, own in self.tests.items()}
@@ -126,7 +129,7 @@ class Study:
         own = vars(self.arms[arm]) | {"settings": self.settings_of(arm, seed)}
         if own["after"] is not None:
             own["after"] = self.definition_of(own["after"], seed)["arm"]
-        unnamed = ("note", "controls", "watched", *(() if own["rewards"] else ("rewards",)))
+        unnamed = ("note", "controls", "watched", *(name for name in ("rewards", "until_loss") if not own[name]))
         named = {name: value for name, value in own.items() if name not in unnamed}
         found = {"arm": named, "task": self.task_settings, "tests": self.tests, "backbone": self.backbone}
         return json.loads(json.dumps(found))

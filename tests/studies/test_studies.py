@@ -25,6 +25,7 @@ TINY = {
         name: {
             **SHIFTS["arms"][name],
             "settings": {**SHIFTS["arms"][name]["settings"], "max_steps": 1, "logging_steps": 1},
+            "until_loss": None,
         }
         for name in KEPT
     },
@@ -110,6 +111,26 @@ def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypat
         run.run(study, "stage2", 1)
     report = page.report(study, found)
     assert f"| stage2 | {study.arms['stage2'].note} |" in report and "| 98 %" not in report
+
+
+def test_an_arm_is_trained_again_until_its_loss_is_low_enough(study, monkeypatch):
+    """Each round has a new optimizer and a whole schedule; three rounds, then it says that it did not get there."""
+    rates, losses = [], iter([3.0, 1.0, 0.25, 3.0, 3.0, 3.0, 3.0])
+
+    class Noted(run.ILVRTrainer):
+        def train(self):
+            rates.append(self.optimizer)
+            return super().train()
+
+    monkeypatch.setattr(run, "ILVRTrainer", Noted)
+    monkeypatch.setattr(run, "last_loss", lambda trainer: next(losses))
+    study.arms["base"] = replace(study.arms["base"], until_loss=0.5)
+    assert study.definition_of("stage2", 0)["arm"]["after"]["after"]["until_loss"] == 0.5
+    run.train(study, "base", 0, study.runs / "base")
+    assert rates == [None, None, None]
+    with pytest.raises(ValueError, match="base, seed 1: the loss is 3.000, and should be 0.5"):
+        run.train(study, "base", 1, study.runs / "again")
+    assert not (study.runs / "again" / "trainer_state.json").exists()
 
 
 def test_a_rehearsal_runs_each_arm_and_keeps_nothing(tmp_path, monkeypatch, capsys):
