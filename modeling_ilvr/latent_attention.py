@@ -97,8 +97,8 @@ class AttentionSeat:
         known = 0 if state.columns is None else state.columns.num_columns
         if known < state.length:
             raise ValueError(
-                f"The cache holds {state.length} columns and attention_rule knows of {known}. Pass the same rule from "
-                "the first forward of a cache on."
+                f"The cache holds {int(state.length)} columns and attention_rule knows of {known}. Pass the same rule "
+                "from the first forward of a cache on."
             )
         if state.length:
             columns = state.columns.first(state.length).followed_by(columns)

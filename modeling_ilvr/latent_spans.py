@@ -6,7 +6,7 @@ is a run of columns that are computed in one forward.
 B batch (times beams), T sequence, S spans, K latents a span, D hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -173,8 +173,9 @@ class SpanState:
     """What travels with a cache from step to step of a generation, beside keys and values.
 
     Args:
-        length (`int`, or `torch.Tensor` for a static cache): of the cache when this was written; at another length
-            the vectors below are those of another past.
+        length (`torch.LongTensor` of shape `()`): of the cache when this was written; at another length the vectors
+            below are those of another past. A tensor, since a number would be a constant of a compiled or exported
+            step, and another one at each step.
         feedback (`torch.Tensor` of shape `(B, D)`, *optional*): what a latent in the next column would be.
         plan (`torch.Tensor` of shape `(B, K, D)`, *optional*): the latents of the span that a row is in, where they
             were computed in parallel.
@@ -183,7 +184,7 @@ class SpanState:
         columns (`ColumnFacts`, *optional*): of the columns in the cache, where a rule of attention asks for them.
     """
 
-    length: int | torch.Tensor = 0
+    length: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
     feedback: torch.Tensor | None = None
     plan: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
@@ -194,17 +195,15 @@ class SpanState:
         """The state of a cache; an empty one if the cache was reset, cropped or filled by somebody else since.
 
         Args:
-            num_columns (`int`): number of columns that come next. The length of a static cache is a tensor on the
-                device, for which a step of generation, one column, does not wait.
+            num_columns (`int`): number of columns that come next. A step of generation, one column, does not look at
+                the length of a static cache, a tensor on the device, nor at any while it is compiled or exported.
         """
         state = getattr(cache, "latent_spans", None)
-        if state is None or not (cache.is_compileable and num_columns == 1):
+        if state is None or not (num_columns == 1 and (cache.is_compileable or torch.compiler.is_compiling())):
             length = cache.get_seq_length()
             if state is None or int(state.length) != int(length):
                 columns = None if state is None or not int(length) else state.columns
-                # A number would be a constant of a compiled step, and another one at each step.
-                length = torch.as_tensor(length).clone() if cache.is_compileable else int(length)
-                state = cache.latent_spans = cls(length=length, columns=columns)
+                state = cache.latent_spans = cls(length=torch.as_tensor(length).clone(), columns=columns)
         return state
 
     def grow(self, num_columns: int, columns: ColumnFacts | None) -> None:
@@ -227,7 +226,7 @@ class SpanState:
         state = getattr(cache, "latent_spans", None)
         if state is not None and state.has_columns_ahead:
             cache.crop(-state.ahead.shape[1])
-            state.length -= state.ahead.shape[1]
+            state.length = state.length - state.ahead.shape[1]
             state.ahead = None
 
     def reorder(self, beams: torch.Tensor) -> None:
