@@ -84,15 +84,15 @@ def _floor(model, batch, teacher=None):
 
 
 class Script(LogitsProcessor):
-    """Makes `generate` say given ids, so that both sides take the same steps, spans included."""
+    """Makes `generate` say given ids, one row (T,) for all or (B, T), so that both sides take the same steps, spans
+    included."""
 
     def __init__(self, prompt_length: int, ids: torch.Tensor):
         self.prompt_length, self.ids = prompt_length, ids
 
     def __call__(self, input_ids, scores):
-        scores = torch.full_like(scores, -torch.inf)
-        scores[:, self.ids[input_ids.shape[1] - self.prompt_length]] = 0.0
-        return scores
+        ids = self.ids[..., input_ids.shape[1] - self.prompt_length].expand(len(scores))
+        return torch.full_like(scores, -torch.inf).scatter_(1, ids.unsqueeze(1), 0.0)
 
 
 def generation_sides(folder, workload, num_steps: int) -> dict:
