@@ -36,12 +36,11 @@ class LatentSpanLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         num_latents = latents_at_end(input_ids, self.pad_id, self.latent_size)  # (B,)
         in_span = (input_ids[:, -1] == self.start_id) | (num_latents > 0)
-        forced_id = torch.where(num_latents < self.latent_size, self.pad_id, self.end_id)  # (B,)
-
-        forced = torch.full_like(scores, -torch.inf).scatter(1, forced_id.unsqueeze(1), 0.0)
-        free = scores.clone()
-        free[:, self.never_free] = -torch.inf
-        scores = torch.where(in_span.unsqueeze(1), forced, free)
+        forced_id = torch.where(num_latents < self.latent_size, self.pad_id, self.end_id).unsqueeze(1)  # (B, 1)
+        in_span = in_span.unsqueeze(1)
+        scores = scores.masked_fill(in_span, -torch.inf)  # the only copy: a row is as long as the vocabulary
+        scores[:, self.never_free] = -torch.inf
+        scores.scatter_(1, forced_id, torch.where(in_span, 0.0, scores.gather(1, forced_id)))
         if self.check and (stuck := scores.isneginf().all(1)).any():
             raise ValueError(
                 f"prefix_allowed_tokens_fn leaves rows {stuck.nonzero().flatten().tolist()} no token: outside a span "
