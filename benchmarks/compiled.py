@@ -55,7 +55,6 @@ def generation_sides(folder: Path, workload: Workload, num_tokens: int) -> dict:
     """`ours` and `backbone`, each `eager` and `compiled`, write `num_tokens` tokens, or one, which is the prompt."""
     model, processor = load(folder, workload.latents)
     batch, model = make_batch(make_trainer(model, processor, workload, 2, folder)), model.eval()
-    type(model)._can_compile_fullgraph = True
     length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
     prompt = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}

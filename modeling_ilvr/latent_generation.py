@@ -147,11 +147,21 @@ class LatentGenerationMixin(_Mixin):
         is_step = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
         if kwargs.get("token_type_ids") is not None and not is_step:
             inputs["token_type_ids"] = kwargs["token_type_ids"]  # counted from the first column, also of a later chunk
-        if latent_control is None or cache is None or not is_step:
+        if cache is None or not is_step:
             return inputs
         state = SpanState.of(cache)
+        if cache.is_compileable:
+            state.take_out_of_graph()
+        if latent_control is not None:
+            self._control_step(inputs, input_ids, state, latent_control)
+        return inputs
+
+    def _control_step(
+        self, inputs: dict[str, Any], input_ids: torch.Tensor, state: SpanState, latent_control: LatentControl
+    ) -> None:
+        """Replaces, computes ahead and notes the vector that a latent in this step is, in `state`."""
         if state.feedback is None:
-            return inputs
+            return
         size, input_ids = self.config.latent_size, input_ids.to(state.feedback.device)  # `generate` takes ids on a CPU
         index = latents_at_end(input_ids, self.config.latent_pad_token_id, size) - 1  # (B,)
         span = (input_ids == self.config.latent_start_token_id).sum(1) - 1  # (B,)
@@ -167,7 +177,6 @@ class LatentGenerationMixin(_Mixin):
             state.feedback = self._intervene(latent_control, state.feedback, in_span, span, index)
         if latent_control.history is not None:
             latent_control.history[input_ids.shape[1] - 1] = state.feedback
-        return inputs
 
     def _intervene(
         self,

@@ -211,6 +211,11 @@ class SpanState:
         self.length = self.length + num_columns
         self.columns = columns
 
+    def take_out_of_graph(self) -> None:
+        """Copies what a compiled step has written: recorded as a CUDA graph, its next run writes to the same place."""
+        self.length = self.length.clone()
+        self.feedback = None if self.feedback is None else self.feedback.clone()
+
     @property
     def has_columns_ahead(self) -> bool:
         return self.ahead is not None and self.ahead.shape[1] > 0

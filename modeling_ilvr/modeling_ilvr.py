@@ -108,9 +108,7 @@ class ILVRPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    # A step of `generate` traces as one graph (tests/modeling/test_generation.py). With `True`, transformers would
-    # record it as a CUDA graph wherever there is a static cache and a GPU, on which nobody has run that yet.
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True  # a step of `generate`
     input_modalities = ("image", "video", "text")
 
 
