@@ -92,6 +92,18 @@ def test_losses_are_those_of_fp32(folder, stage, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def scripted(batch) -> tuple[dict, dict]:
+    """The prompts of a batch, and settings in which `generate` says the first row's answer and returns latents."""
+    length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    prompt = {name: batch[name][:, :length] for name in names}
+    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+    script = LogitsProcessorList([Script(length, batch["input_ids"][0, length:])])
+    steps = batch["input_ids"].shape[1] - length
+    settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
+    return prompt, settings | {"output_latents": True, "return_dict_in_generate": True}
+
+
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("flash_attention_2", torch.bfloat16)],
@@ -102,15 +114,8 @@ def test_a_batch_is_generated_as_its_rows_are(folder, implementation, dtype, tmp
         pytest.importorskip("flash_attn")
     model, processor = load(folder, attn_implementation=implementation, dtype=dtype)
     trainer = make_trainer(model, processor, Workload(spans=2, batch=4), 2, tmp_path)
-    batch, model = make_batch(trainer), trainer.student.eval()
-    length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    prompt = {name: batch[name][:, :length] for name in names}
-    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-    script = LogitsProcessorList([Script(length, batch["input_ids"][0, length:])])
-    steps = batch["input_ids"].shape[1] - length
-    settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
-    settings |= {"output_latents": True, "return_dict_in_generate": True}
+    model = trainer.student.eval()
+    prompt, settings = scripted(make_batch(trainer))
     one = {name: value[: len(value) // 4] for name, value in prompt.items()}
     alone, together = model.generate(**one, **settings).latents, model.generate(**prompt, **settings).latents
     assert len(together) == 4 and together[0].shape == (2, LATENTS, model.config.get_text_config().hidden_size)
@@ -119,3 +124,17 @@ def test_a_batch_is_generated_as_its_rows_are(folder, implementation, dtype, tmp
         print(f"{implementation}, {dtype}: similarity of latents {similarity.flatten().tolist()}")
         assert similarity[0, 0] > 0.99
         assert dtype == torch.bfloat16 or similarity.min() > 0.999
+
+
+def test_a_compiled_step_has_the_latents_of_an_eager_one(folder, tmp_path):
+    """A static cache on a GPU: transformers compiles the step and records it as a CUDA graph."""
+    model, processor = load(folder, dtype=torch.float32)
+    trainer = make_trainer(model, processor, Workload(spans=2, batch=4), 2, tmp_path)
+    model = trainer.student.eval()
+    prompt, settings = scripted(make_batch(trainer))
+    settings["cache_implementation"] = "static"
+    eager = model.generate(**prompt, **settings, disable_compile=True).latents
+    for _ in range(2):  # recorded in the first, replayed in the second
+        for found, expected in zip(model.generate(**prompt, **settings).latents, eager, strict=True):
+            similarity = torch.cosine_similarity(found, expected, dim=-1)  # (spans, K)
+            assert similarity.min() > 0.999, similarity
