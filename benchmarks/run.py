@@ -86,8 +86,8 @@ def others(folder: Path, quick: bool) -> dict:
     runs = {f"stage {stage}": training_run(folder, CENTRE, stage, num_steps, cache_images=True) for stage in (1, 2)}
     runs["stage 1, images processed at each step"] = training_run(folder, CENTRE, 1, num_steps)
     text = measure.alternate(text_sides(folder, CENTRE), rounds=15)
-    grpo = measure.alternate(grpo_sides(folder, Workload(batch=4), ROLLED_OUT), rounds=2 if quick else 3)
-    asked = measure.alternate(evaluation_sides(folder, Workload(batch=4), GENERATED), rounds=2 if quick else 3)
+    grpo = measure.alternate(grpo_sides(folder, Workload(batch=4), ROLLED_OUT), rounds=2)
+    asked = measure.alternate(evaluation_sides(folder, Workload(batch=4), GENERATED), rounds=2, warmup=0)
     imports = {name: measure.import_seconds(name) for name in IMPORTS}
     measured = {"generation": generation, "text": text, "grpo": grpo, "evaluation": asked}
     measured |= {"runs": runs, "imports": imports}
