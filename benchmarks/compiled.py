@@ -15,7 +15,7 @@ from transformers import CompileConfig, LogitsProcessorList
 
 from . import measure
 from .model import Workload, build_backbone, load, make_batch, make_trainer
-from .sides import Script
+from .sides import Script, split_at_answer
 
 
 NUM_TOKENS = 97
@@ -54,15 +54,11 @@ def compare(folder: Path, workload: Workload, options) -> list[str]:
 def generation_sides(folder: Path, workload: Workload, num_tokens: int) -> dict:
     """`ours` and `backbone`, each `eager` and `compiled`, write `num_tokens` tokens, or one, which is the prompt."""
     model, processor = load(folder, workload.latents)
-    batch, model = make_batch(make_trainer(model, processor, workload, 2, folder)), model.eval()
-    length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
-    prompt = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-    answer = batch["input_ids"][0, length:]
-    late = [
-        torch.cat([answer[:1].expand(row), answer]) for row in range(workload.batch)
-    ]  # each a word behind the last
-    script = LogitsProcessorList([Script(length, torch.stack([ids[: len(answer)] for ids in late]))])
+    prompt, answer = split_at_answer(make_batch(make_trainer(model, processor, workload, 2, folder)))
+    model, length = model.eval(), prompt["input_ids"].shape[1]
+    # Each row is a word behind the one before.
+    late = [torch.cat([answer[:1].expand(row), answer])[: len(answer)] for row in range(workload.batch)]
+    script = LogitsProcessorList([Script(length, torch.stack(late))])
     compiled = CompileConfig(fullgraph=True, dynamic=False, mode=None)
     compiled._compile_all_devices = True  # transformers compiles on accelerators alone, else
     kinds = {"eager": {"disable_compile": True}, "compiled": {"compile_config": compiled}}

@@ -95,6 +95,13 @@ class Script(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, ids.unsqueeze(1), 0.0)
 
 
+def split_at_answer(batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of `generate` for the prompts of a batch, all as long as the first, and the first row's answer `(T,)`."""
+    length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
+    prompt = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    return prompt | {name: batch[name] for name in ("pixel_values", "image_grid_thw")}, batch["input_ids"][0, length:]
+
+
 def generation_sides(folder, workload, num_steps: int) -> dict:
     """`ours` and `backbone` write the sample's answer, `num_steps` tokens of it; `…, 1 step` is mostly the prompt.
 
@@ -102,12 +109,8 @@ def generation_sides(folder, workload, num_steps: int) -> dict:
     """
     model, processor = load(folder, workload.latents)
     trainer = make_trainer(model, processor, workload, 2, folder)
-    batch, model = make_batch(trainer), model.eval()
-    prompt_length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    prompt = {name: batch[name][:, :prompt_length] for name in names}
-    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-    script = LogitsProcessorList([Script(prompt_length, batch["input_ids"][0, prompt_length:])])
+    (prompt, answer), model = split_at_answer(make_batch(trainer)), model.eval()
+    script = LogitsProcessorList([Script(prompt["input_ids"].shape[1], answer)])
 
     def side(generator, steps, **options):
         options |= {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
@@ -127,8 +130,7 @@ def evaluation_sides(folder, workload, num_steps: int) -> dict:
     those under `REPORTED`, which is what a training run reports.
     """
     model, processor = load(folder, workload.latents)
-    batch = make_batch(make_trainer(model, processor, workload, 2, folder))
-    answer = batch["input_ids"][0, int((batch["assistant_mask"][0].cumsum(0) == 0).sum()) :]
+    _, answer = split_at_answer(make_batch(make_trainer(model, processor, workload, 2, folder)))
     generate = model.eval().generate
 
     def scripted(**inputs):
@@ -169,8 +171,7 @@ def grpo_sides(folder, workload, num_steps: int) -> dict:
 
 def _grpo_side(folder, workload, num_steps: int, config: type) -> dict:
     model, processor = load(folder, workload.latents)
-    answer = make_batch(make_trainer(model, processor, workload, 2, folder))
-    answer = answer["input_ids"][0, int((answer["assistant_mask"][0].cumsum(0) == 0).sum()) :]
+    _, answer = split_at_answer(make_batch(make_trainer(model, processor, workload, 2, folder)))
     sample = {**make_sample(workload, processor), "answer": ""}
     rows = make_prompts(Dataset.from_list([sample] * workload.batch).cast_column("images", List(Image())))
     model.vlm.model.visual.requires_grad_(False)

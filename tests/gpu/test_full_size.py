@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers.generation import LogitsProcessorList
 
 from benchmarks.model import Workload, make_batch, make_trainer
-from benchmarks.sides import Script
+from benchmarks.sides import Script, split_at_answer
 from benchmarks.sizes import build
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 
@@ -94,12 +94,8 @@ def test_losses_are_those_of_fp32(folder, stage, tmp_path):
 
 def scripted(batch) -> tuple[dict, dict]:
     """The prompts of a batch, and settings in which `generate` says the first row's answer and returns latents."""
-    length = int((batch["assistant_mask"][0].cumsum(0) == 0).sum())
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    prompt = {name: batch[name][:, :length] for name in names}
-    prompt |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-    script = LogitsProcessorList([Script(length, batch["input_ids"][0, length:])])
-    steps = batch["input_ids"].shape[1] - length
+    prompt, answer = split_at_answer(batch)
+    script, steps = LogitsProcessorList([Script(prompt["input_ids"].shape[1], answer)]), len(answer)
     settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "logits_processor": script}
     return prompt, settings | {"output_latents": True, "return_dict_in_generate": True}
 
