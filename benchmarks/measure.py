@@ -1,8 +1,6 @@
 """Seconds and bytes. Sides of a comparison alternate, so that a slow minute of the machine meets all of them."""
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -66,13 +64,6 @@ def peak_memory(run: Callable) -> int:
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))
-
-
-def import_seconds(statement: str, rounds: int = 3) -> float:
-    """Median time of an import statement in a new process."""
-    program = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
-    outputs = [subprocess.run([sys.executable, "-c", program], capture_output=True, check=True) for _ in range(rounds)]
-    return statistics.median(float(output.stdout.split()[-1]) for output in outputs)
 
 
 def ceilings() -> dict[str, float]:

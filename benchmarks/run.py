@@ -31,7 +31,6 @@ GRID = [
 ]
 GENERATED = 97  # tokens, with three spans among them
 ROLLED_OUT = 94  # the same, and no span begun that there is no room for
-IMPORTS = ("import transformers, torch", "from trl import SFTTrainer", "import ilvr", "import ilvr.trainer")
 RUN_STEPS = 10
 
 
@@ -74,7 +73,7 @@ def steps(folder: Path, work: Workload):
 
 
 def others(folder: Path, quick: bool) -> dict:
-    """Generation, words alone, whole training runs, imports, and what the machine can do."""
+    """Generation, words alone, GRPO, evaluation, whole training runs, and what the machine can do."""
     generation = {}
     for batch, rounds in ((1, 3), (8, 1)):
         sides = generation_sides(folder, Workload(batch=batch), GENERATED)
@@ -84,13 +83,10 @@ def others(folder: Path, quick: bool) -> dict:
             times[name]["seconds_a_step"] = [(a - b) / (GENERATED - 1) for a, b in zip(whole, prompt)]
     num_steps = 2 if quick else RUN_STEPS
     runs = {f"stage {stage}": training_run(folder, CENTRE, stage, num_steps, cache_images=True) for stage in (1, 2)}
-    runs["stage 1, images processed at each step"] = training_run(folder, CENTRE, 1, num_steps)
     text = measure.alternate(text_sides(folder, CENTRE), rounds=15)
     grpo = measure.alternate(grpo_sides(folder, Workload(batch=4), ROLLED_OUT), rounds=2)
     asked = measure.alternate(evaluation_sides(folder, Workload(batch=4), GENERATED), rounds=2, warmup=0)
-    imports = {name: measure.import_seconds(name) for name in IMPORTS}
-    measured = {"generation": generation, "text": text, "grpo": grpo, "evaluation": asked}
-    measured |= {"runs": runs, "imports": imports}
+    measured = {"generation": generation, "text": text, "grpo": grpo, "evaluation": asked, "runs": runs}
     return {**measured, "inputs": inputs.rows(quick), "ceilings": measure.ceilings()}
 
 
