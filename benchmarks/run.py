@@ -54,7 +54,7 @@ def steps(folder: Path, work: Workload):
     for stage in (1, 2):
         sides = stage_sides(folder, work, stage)
         row = {"stage": stage, **vars(work)}
-        # Stage 2 of the published algorithm takes half a minute: one step of it, apart from the rounds of the others.
+        # Stage 2 of the published algorithm takes a minute: one step of it, apart from the rounds of the others.
         slow = sides.pop("reference", None) if stage == 2 else None
         if work == CENTRE:
             row["memory"] = {name: measure.peak_memory(run) for name, run in sides.items() if name != "reference"}
