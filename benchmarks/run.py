@@ -68,7 +68,7 @@ def steps(folder: Path, work: Workload):
 def others(folder: Path, quick: bool) -> dict:
     """Generation, words alone, GRPO, evaluation, whole training runs, and what the machine can do."""
     generation = {}
-    for batch, rounds in ((1, 3), (8, 1)):
+    for batch, rounds in ((1, 7), (8, 1)):
         sides = generation_sides(folder, Workload(batch=batch), GENERATED)
         times = generation[batch] = measure.alternate(sides, rounds=2 if quick else rounds, warmup=int(batch == 1))
         for name in ("ours", "backbone"):
