@@ -159,6 +159,7 @@ def plot(rows, path: Path):
     gained.set_yticks([1, 2, 5, 10, 20, 50], minor=False)
     gained.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     gained.yaxis.set_minor_formatter(NullFormatter())
+    beside_floor.set_xticks([point["batch"] for point in varied(rows, 1, "batch")])
     beside_floor.axhline(1, color="grey", linewidth=0.8)
     beside_floor.set(xlabel="batch", ylabel="time over the floor's", ylim=(0, None))
     gained.legend(fontsize="small")
