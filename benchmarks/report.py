@@ -106,8 +106,7 @@ def tables(results) -> str:
         f"`{machine['command']}`, commit {machine['commit']}, {machine['date']}, {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, fp32, {machine['minutes']:.0f} minutes, "
         f"load {machine['load']:.1f}; S = {CENTRE['spans']}, K = {CENTRE['latents']}, batch {CENTRE['batch']}, "
-        f"{CENTRE['tokens']} tokens. All points of the grid are in "
-        "[performance.json](performance.json).",
+        f"{CENTRE['tokens']} tokens. All points of the grid are in [performance.json](performance.json).",
         "",
         "![Left: how many times as fast as the published step, over the number of spans. Right: time of a step over "
         "its floor, over the batch.](performance.png)",
