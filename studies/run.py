@@ -208,10 +208,11 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
 def run_questions(
     model: ILVRForConditionalGeneration, processor: ILVRProcessor, questions: Questions, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Answers as they come: which are right, as a text of 0 and 1, and how many spans and tokens they have."""
+    """Answers as they come: which are right, as a text of 0 and 1, and the spans of each; means of spans and tokens."""
     records = Evaluator(model, processor, questions, **settings).run().records
     return {
         "right": bits(record.right for record in records),
+        "spans_of_each": " ".join(str(record.spans) for record in records),
         "spans": round(sum(record.spans for record in records) / len(records), 3),
         "tokens": round(sum(record.tokens for record in records) / len(records), 3),
     }

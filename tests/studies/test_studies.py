@@ -56,7 +56,10 @@ def test_an_arm_with_rewards_is_reinforcement_learning(tmp_path):
     result = page.load(study)["grpo"][0]
     assert len(result["log"]) == 2
     assert {"reward", "rewards/accuracy/mean", "spans_per_sample"} <= set(result["log"][-1])
-    assert "another_sample" in result["tests"]["trained"]["controls"]
+    trained = result["tests"]["trained"]
+    assert "another_sample" in trained["controls"]
+    spans = [int(number) for number in trained["spans_of_each"].split()]
+    assert len(spans) == len(trained["right"]) and sum(spans) / len(spans) == pytest.approx(trained["spans"], abs=1e-3)
     assert [entry["step"] for entry in result["held_out"]] == [0, 1, 2]
 
 
