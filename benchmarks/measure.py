@@ -1,5 +1,6 @@
 """Seconds and bytes. Sides of a comparison alternate, so that a slow minute of the machine meets all of them."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def peak_memory(run: Callable) -> int:
     process's resident set would depend on what malloc keeps of earlier measurements. Scratch memory inside a kernel
     is not counted.
     """
+    gc.collect()  # what an earlier measurement left would be freed in this one, and counted as less than nothing
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

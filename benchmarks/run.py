@@ -67,15 +67,14 @@ def steps(folder: Path, work: Workload):
 
 def others(folder: Path, quick: bool) -> dict:
     """Generation, words alone, GRPO, evaluation, whole training runs, and what the machine can do."""
-    sides = generation_sides(folder, Workload(), GENERATED)
-    del sides["parallel"]  # inexact, and no faster at batch 1: docs/parallel_latents.md
-    alone = measure.alternate(sides, rounds=2 if quick else 7)
+    one, eight = (generation_sides(folder, Workload(batch=batch), GENERATED) for batch in (1, 8))
+    names = ("ours", "backbone", "ours, 1 step", "backbone, 1 step")
+    alone = measure.alternate({name: one[name] for name in names}, rounds=2 if quick else 7)
     for name in ("ours", "backbone"):
         whole, prompt = alone[name]["seconds"], alone[f"{name}, 1 step"]["seconds"]
         alone[name]["seconds_a_step"] = [(a - b) / (GENERATED - 1) for a, b in zip(whole, prompt)]
-    sides = generation_sides(folder, Workload(batch=8), GENERATED)
-    sides = {name: sides[name] for name in ("ours", "backbone", "static")}
-    generation = {1: alone, 8: measure.alternate(sides, rounds=1, warmup=0)}
+    sides = {name: eight[name] for name in ("ours", "backbone", "static")}
+    generation = {1: alone, 8: measure.alternate(sides, rounds=2, warmup=0)}
     num_steps = 2 if quick else RUN_STEPS
     runs = {f"stage {stage}": training_run(folder, CENTRE, stage, num_steps, cache_images=True) for stage in (1, 2)}
     text = measure.alternate(text_sides(folder, CENTRE), rounds=15)

@@ -1,6 +1,7 @@
 """The benchmark compares work, not results: the published algorithm has our targets, loss and gradients."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -98,6 +99,21 @@ def test_peak_memory_counts_what_is_alive_at_once():
         return second, third
 
     assert peak_memory(run) == 12 * 2**20
+
+    def leave_a_cycle():
+        cycle = [torch.empty(2**20)]
+        cycle.append(cycle)
+
+    def collect_and_run():
+        gc.collect()
+        return run()
+
+    gc.disable()
+    try:
+        assert peak_memory(leave_a_cycle) == 4 * 2**20
+        assert peak_memory(collect_and_run) == 12 * 2**20  # and not 4 less
+    finally:
+        gc.enable()
 
 
 def test_sides_alternate_and_rounds_are_compared_in_pairs():
