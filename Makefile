@@ -24,7 +24,7 @@ train: $(BIN)/.installed  ## Train, evaluate, save and reload the small model of
 test: $(BIN)/.installed  ## Run the tests, offline
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
-bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (15 minutes on 2 slow, idle cores)
+bench: $(BIN)/.installed  ## Measure speed and memory against the published algorithm (14 minutes on 2 slow, idle cores)
 	$(BIN)/python -m benchmarks.run
 
 quality: $(BIN)/.installed  ## Check style and types

@@ -100,3 +100,9 @@ def test_what_cannot_be_solved_is_refused(model, processor, tmp_path):
     for settings in ({"stage": 1}, {"stage": 2, "jacobi_iterations": 2}):
         with pytest.raises(ValueError, match="`fixed_point_tolerance` is for stage 2"):
             ILVRTrainingConfig(str(tmp_path), use_cpu=True, bf16=False, fixed_point_tolerance=0.1, **settings)
+
+
+def test_a_sharded_model_is_refused(model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvr.trainer.ilvr_trainer.is_sharded", lambda accelerator: True)
+    with pytest.raises(ValueError, match="fixed_point_tolerance takes as many forwards as a batch needs"):
+        make_trainer(model, processor, tmp_path, stage=2, fixed_point_tolerance=0.1)
