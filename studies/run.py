@@ -208,7 +208,7 @@ def measure(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
 def run_questions(
     model: ILVRForConditionalGeneration, processor: ILVRProcessor, questions: Questions, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Answers as they come: which are right, as a text of 0 and 1, and the spans of each; means of spans and tokens."""
+    """Answers as they come: which are right, as a text of 0 and 1, and the spans of each; means of spans, tokens."""
     records = Evaluator(model, processor, questions, **settings).run().records
     return {
         "right": bits(record.right for record in records),
