@@ -8,6 +8,7 @@ With `model` training goes on from an ILVR model, by the stages that have settin
 """
 
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def run_recipe(recipe: Recipe) -> None:
     PartialState().wait_for_everyone()
     model, processor = start(recipe)
     rewards, prompts = rewarded(recipe, own, task, processor) if recipe.grpo else (None, None)
-    cards = {}
+    cards: dict[str, ILVRModelCard] = {}
     for phase, settings in phases.items():
         before = next((name for name in BEFORE.get(phase, ["base"]) if name in cards), None)
         if before is not None:
@@ -172,7 +173,10 @@ def run_recipe(recipe: Recipe) -> None:
         if phase == "grpo":
             trainer = make_trainer(settings, prompts, model, processor, lora=recipe.lora, rewards=rewards)
         else:
-            data = own if own is not None else task.dataset("train", FORMS[phase])
+            data = own
+            if own is None:
+                data = task.dataset("train", FORMS[phase])
+                settings = {"helper_question": task.helper_question, **settings}
             trainer = make_trainer(settings, data, model, processor, lora=recipe.lora)
         cards[phase] = train(phase, trainer, settings, recipe)
     if not PartialState().is_main_process:
@@ -181,6 +185,7 @@ def run_recipe(recipe: Recipe) -> None:
     if recipe.lora:
         load_whole(recipe, list(cards)[-1]).save_pretrained(f"{recipe.output_dir}/merged")
         processor.save_pretrained(f"{recipe.output_dir}/merged")
+        save_merged_card(recipe, cards)
     if task is not None:
         print("\n=== evaluation ===", flush=True)
         given = {} if recipe.model is None else {START: None}
@@ -192,3 +197,10 @@ def run_recipe(recipe: Recipe) -> None:
             reload=recipe.backbone is None and recipe.model is None,
             **recipe.evaluation,
         )
+        if recipe.lora:
+            save_merged_card(recipe, cards)  # again, with the results
+
+
+def save_merged_card(recipe: Recipe, cards: dict[str, ILVRModelCard]) -> None:
+    """The card of the last phase for the model that its adapter was merged into."""
+    replace(list(cards.values())[-1], model_name="merged", is_adapter=False).save(f"{recipe.output_dir}/merged")

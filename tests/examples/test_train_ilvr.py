@@ -14,8 +14,9 @@ from helpers import make_image
 from transformers import Qwen2_5_VLConfig
 
 from ilvr import ILVRConfig, ILVRForConditionalGeneration
+from ilvr.hub_cards import ILVRModelCard
 from ilvr.trainer.ilvr_trainer import freeze_vision_tower
-from ilvr_commands import train
+from ilvr_commands import push, train
 from ilvr_commands.arguments import build_parser
 from ilvr_commands.main import main
 from ilvr_commands.recipe import Recipe, phases_of, read_recipe
@@ -224,6 +225,10 @@ def test_recipes_of_real_backbones_run_on_a_tiny_one(name, backbone_dir, tmp_pat
     assert model.config.latent_size == 8 and model.dtype == torch.bfloat16
     adapter = (tmp_path / "run" / "stage2" / "adapter_model.safetensors").exists()
     assert adapter == bool(recipe.lora)
+    card = ILVRModelCard.load(saved)
+    assert not card.is_adapter and f'from_pretrained("{saved.name}"' in (saved / "README.md").read_text()
+    assert [result.value for result in card.results] == [results["stage2"][result.metric] for result in card.results]
+    push.choose_files(saved)
     for stage in ("stage1", "stage2"):
         state = json.loads((tmp_path / "run" / stage / "trainer_state.json").read_text())
         assert state["global_step"] == 1

@@ -222,14 +222,19 @@ def test_generation_that_cannot_iterate_is_refused(model, prompts, options, mess
 # --------------------------------------------------------------------------------------------------------- the trainer
 
 
-def test_trainer_logs_what_is_left_to_refine(model, processor, tmp_path):
+def test_trainer_logs_what_is_left_to_refine(model, processor, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("ilvr.trainer.ilvr_trainer.logger.warning_once", messages.append)
+
     def residual(iterations: int) -> float:
         settings = {"stage": 2, "max_steps": 1, "learning_rate": 0.0, "jacobi_iterations": iterations}
         trainer = make_trainer(model, processor, tmp_path, **settings)
         trainer.train()
         return trainer.state.log_history[0]["latent_residual"]
 
-    assert residual(1) > 0.1 and residual(9) < 1e-5  # up to three spans of three latents
+    assert residual(9) < 1e-5 and not messages  # up to three spans of three latents
+    left = residual(1)
+    assert left > 0.1 and f"change the latents by {left:.2g} of their length" in messages[0]
 
 
 @pytest.mark.parametrize(
