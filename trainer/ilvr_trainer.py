@@ -412,8 +412,8 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         if self.args.jacobi_iterations is not None and logs.get("latent_residual", 0) > 0.1:
             logger.warning_once(
                 f"One more iteration would change the latents by {logs['latent_residual']:.2g} of their length: what "
-                f"jacobi_iterations={self.args.jacobi_iterations} trains is not what generate feeds, and may undo what "
-                "they say. Raise it, at most to the number of latents of a sample, or leave it out."
+                f"jacobi_iterations={self.args.jacobi_iterations} trains is not what generate feeds, and may undo "
+                "what they say. Raise it, at most to the number of latents of a sample, or leave it out."
             )
 
     def save_method_state(self, folder: str) -> None:
