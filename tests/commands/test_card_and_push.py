@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
 import yaml
 from helpers import make_trainer, run_without_ilvr
 from hub_server import HubServer
+from huggingface_hub import constants
 
 from ilvr.hub_cards import ILVRModelCard, Result
 from ilvr.hub_cards.model_card import CARD_DATA
@@ -111,26 +113,31 @@ def test_folders_that_are_no_checkpoints_are_refused(folder, tmp_path, capsys):
     assert main(["push", str(tmp_path / "nowhere"), "user/tiny"]) == 2
 
 
-def push(url: str, home: Path, *arguments: str, token: str | None = "hf_mine") -> subprocess.CompletedProcess:
-    """`ilvr push` in a process of its own, for the client reads its settings once."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_XET": "1",  # the server knows LFS, and not what has taken its place
-        **({} if token is None else {"HF_TOKEN": token}),
-    }
-    code = "import sys; from ilvr_commands.main import main; sys.exit(main(['push', *sys.argv[1:]]))"
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def push(monkeypatch, capsys, tmp_path):
+    """`ilvr push` to a Hub at an address."""
+
+    def run(url: str, *arguments: str, token: str | None = "hf_mine") -> SimpleNamespace:
+        here = {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_TOKEN_PATH": str(tmp_path / "token")}
+        here |= {"HF_HUB_DISABLE_XET": True}  # the server knows LFS, and not what has taken its place
+        for name, value in here.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+        capsys.readouterr()
+        code = main(["push", *arguments])
+        shown = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=shown.out, stderr=shown.err)
+
+    return run
 
 
-def test_push_to_a_branch_of_a_private_repository_with_a_tag(folder, tmp_path):
+def test_push_to_a_branch_of_a_private_repository_with_a_tag(folder, push):
     server = HubServer(token="hf_mine")
     with server as url:
         options = ["--private", "--revision", "dev", "--tag", "v1", "--message", "First"]
-        done = push(url, tmp_path / "home", str(folder), "user/tiny", *options)
+        done = push(url, str(folder), "user/tiny", *options)
     assert done.returncode == 0, done.stderr
     files = server.repos["user/tiny"]
     assert set(files) == set(choose_files(folder).chosen)
@@ -143,19 +150,19 @@ def test_push_to_a_branch_of_a_private_repository_with_a_tag(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("token", "message"), [(None, "hf auth login"), ("hf_other", "The Hub refuses the token")])
-def test_push_needs_a_token_that_may_write(folder, tmp_path, token, message):
+def test_push_needs_a_token_that_may_write(folder, push, token, message):
     server = HubServer(token="hf_mine")
     with server as url:
-        done = push(url, tmp_path / "home", str(folder), "user/tiny", token=token)
+        done = push(url, str(folder), "user/tiny", token=token)
     lines = [line for line in done.stderr.splitlines() if line.startswith("ilvr push: ")]
     assert done.returncode == 2 and len(lines) == 1 and message in lines[0] and not server.repos
 
 
-def test_files_that_are_large_go_by_lfs_and_are_found_by_their_commit(folder, tmp_path):
+def test_files_that_are_large_go_by_lfs_and_are_found_by_their_commit(folder, push, tmp_path):
     """In a clean process, without ILVR: refused without `trust_remote_code`, loaded by the commit with it."""
     server = HubServer(token="hf_mine", lfs_above=20_000)
     with server as url:
-        done = push(url, tmp_path / "home", str(folder), "user/tiny")
+        done = push(url, str(folder), "user/tiny")
         assert done.returncode == 0, done.stderr
         weights = (folder / "model.safetensors").read_bytes()
         assert weights in server.blobs.values() and server.repos["user/tiny"]["model.safetensors"] == weights
@@ -178,26 +185,26 @@ print(type(model).__name__)
     assert out.splitlines()[-2:] == ["True", "ILVRForConditionalGeneration"]
 
 
-def test_a_hub_that_fails_midway_leaves_nothing_half_done(folder, tmp_path):
+def test_a_hub_that_fails_midway_leaves_nothing_half_done(folder, push):
     """The client sends a file again that did not arrive; a commit that fails is said, and made by the next command."""
     server = HubServer(token="hf_mine", lfs_above=20_000)
     server.failures = ["/blobs/", "/commit/"]
     with server as url:
-        done = push(url, tmp_path / "home", str(folder), "user/tiny")
+        done = push(url, str(folder), "user/tiny")
         assert done.returncode == 2 and not server.repos["user/tiny"] and server.blobs and not server.failures
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("ilvr push: ")]
         assert "The Hub failed with status 500 on user/tiny" in line and "run the command again" in line
-        assert push(url, tmp_path / "home", str(folder), "user/tiny").returncode == 0
+        assert push(url, str(folder), "user/tiny").returncode == 0
     assert set(server.repos["user/tiny"]) == set(choose_files(folder).chosen)
 
 
-def test_a_space_goes_up_beside_the_model(folder, tmp_path, capsys):
+def test_a_space_goes_up_beside_the_model(folder, push, capsys):
     space = ["--space", "user/tiny-demo", "--task", "shifts", "--task_settings", '{"boards": 1, "test_boards": 2}']
     assert main(["push", str(folder), "user/tiny", "--dry_run", "--json", *space]) == 0
     texts = json.loads(capsys.readouterr().out)["space_files"]
     server = HubServer(token="hf_mine")
     with server as url:
-        done = push(url, tmp_path / "home", str(folder), "user/tiny", *space, "--space_package", "ilvr[demo] @ here")
+        done = push(url, str(folder), "user/tiny", *space, "--space_package", "ilvr[demo] @ here")
     assert done.returncode == 0, done.stderr
     files = server.repos["user/tiny-demo"]
     assert set(files) == set(texts) == {"README.md", "app.py", "requirements.txt"}
