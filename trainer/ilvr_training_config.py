@@ -54,8 +54,8 @@ class ILVRTrainingConfig(SFTConfig):
             At which its answers are cut.
         unselected_slots (`str`, *optional*, defaults to `"pad"`):
             What stage 1 puts into the latents behind the selected ones: the embedding of `<|latent_pad|>` (paper), or
-            with `"repeat"` the last target again. Inference feeds a latent into each; `"repeat"` is nearer to
-            that: 75.0 % in place of 42.2 on chains longer than those trained (ours, one seed, docs/evidence.md).
+            with `"repeat"` the last target again. Inference feeds a latent into each; which is better differs by the
+            seed (ours, two seeds, docs/evidence.md).
         selection_top_p (`float`, *optional*, defaults to 0.9):
             Probability mass that the selected features hold.
         selection_temperature (`float`, *optional*, defaults to 0.05):
