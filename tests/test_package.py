@@ -76,14 +76,14 @@ def test_the_source_distribution_holds_all_that_its_tests_need(built):
 
 def test_the_wheel_trains_by_the_name_of_a_recipe(installed, tmp_path):
     code = """
-import ilvr, ilvr_commands
+import sys, ilvr, ilvr_commands
 from ilvr_commands.main import main
 print(ilvr.__file__, ilvr_commands.__file__)
-main(["train", "shift_small"])
+sys.exit(main(["train", "shift_small"]))
 """
     done = run(installed, "-c", code)
     assert done.stdout.count(str(installed)) == 2
-    assert "none of frozen_lake_sizes, frozen_lake_small" in done.stderr
+    assert done.returncode == 2 and "none of frozen_lake_sizes, frozen_lake_small" in done.stderr
     few = {"boards": 4, "base_boards": 4, "test_boards": 2}
     settings = [f"task_settings.{name}={value}" for name, value in few.items()]
     settings += [f"{phase}.max_steps=1" for phase in ("base", "answer_only", "text", "stage1", "stage2")]

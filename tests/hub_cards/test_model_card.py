@@ -99,8 +99,9 @@ for base in ("lab/base", "lab/bare", "lab/missing", "not a repo id/at/all"):
     assert {name: cards[0][name] for name in terms} == terms
     assert all(card["base_model_relation"] == "finetune" for card in cards)
     assert not any(name in card for card in cards[1:] for name in terms)
-    offline = ILVRModelCard(model_name="m", latent_size=2, base_model="lab/base").render()  # as all tests are
-    assert "license" not in offline.data.to_dict()
+    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+    unknown = run_clean(offline + script, url, tmp_path / "other").splitlines()
+    assert "license" not in json.loads(unknown[0])
 
 
 def test_card_without_results_says_so():
