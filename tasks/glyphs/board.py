@@ -14,13 +14,12 @@ from math import isqrt
 from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
 
 
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-ARGUMENTS = {
-    "swap": tuple(DIRECTIONS),  # with which neighbour
+NEIGHBOURS = ((0, -1), (0, 1), (-1, 0), (1, 0))  # down and right
+WAYS = {
     "turn": ("left", "right"),  # by a quarter
     "flip": ("sideways", "over"),  # which sides change places: left and right, top and bottom
-    "stamp": tuple(DIRECTIONS),  # of which neighbour
 }
+KINDS = ("swap", *WAYS, "stamp", "print", "erase")  # of moves; those without ways name a neighbour
 # So that the largest floor stays below 60 % at six moves, see `floors.py`.
 WEIGHTS = {"swap": 0.15, "turn": 0.15, "flip": 0.15, "stamp": 0.55}
 TOUCH = 0.6
@@ -47,32 +46,31 @@ class GlyphBoard:
     def __getitem__(self, cell: Cell) -> str:
         return self.tiles[patch_of(cell, self.size)]
 
-    def neighbours(self, cell: Cell) -> dict[str, Cell]:
-        """The cells next to a cell, by direction."""
-        cells = {name: (cell[0] + down, cell[1] + right) for name, (down, right) in DIRECTIONS.items()}
-        return {name: near for name, near in cells.items() if all(0 <= place < self.size for place in near)}
+    def neighbours(self, cell: Cell) -> list[Cell]:
+        """The cells next to a cell."""
+        cells = [(cell[0] + down, cell[1] + right) for down, right in NEIGHBOURS]
+        return [near for near in cells if all(0 <= place < self.size for place in near)]
 
     def move(self, move: str) -> "GlyphBoard":
         """The board after a move.
 
         Args:
-            move (`str`): kind, tile and argument: `"swap b y left"` (the tiles at b y and to its left change places),
-                `"turn b y right"` (by a quarter), `"flip b y over"` (top and bottom change places) or `"stamp b y up"`
-                (where the pattern above b y has a dot, that of b y loses or gets one).
+            move (`str`): kind, tile and argument: `"swap b y b x"` (two neighbours change places), `"turn b y right"`
+                (by a quarter), `"flip b y over"` (top and bottom change places), or one that takes the dots of a
+                neighbour: where a y has a dot, b y loses or gets one (`"stamp b y a y"`), gets one that it lacks
+                (`"print b y a y"`) or loses one that it has (`"erase b y a y"`).
 
         Raises:
             ValueError: if the board has no such move.
         """
         if move not in all_moves(self.size):
-            raise ValueError(f"A {self.size}x{self.size} board has no move {move!r}; one is 'swap a x right'.")
+            raise ValueError(f"A {self.size}x{self.size} board has no move {move!r}; one is 'swap a x a y'.")
         kind, cell, argument = parse_move(move)
+        other = cell if kind in WAYS else cell_of(argument)
         if kind == "swap":
-            other = self.neighbours(cell)[argument]
             followed = {cell: other, other: cell}.get(self.followed, self.followed)
             return replace(self._with({cell: self[other], other: self[cell]}), followed=followed)
-        if kind == "stamp":
-            return self._with({cell: stamped(self[cell], self[self.neighbours(cell)[argument]])})
-        return self._with({cell: (turned if kind == "turn" else flipped)(self[cell], argument)})
+        return self._with({cell: changed(self[cell], kind, argument, self[other])})
 
     def _with(self, patterns: dict[Cell, str]) -> "GlyphBoard":
         tiles = list(self.tiles)
@@ -88,8 +86,8 @@ class GlyphBoard:
 
 def parse_move(move: str) -> tuple[str, Cell, str]:
     """Kind, cell and argument of a move."""
-    kind, row, column, argument = move.split()
-    return kind, cell_of(f"{row} {column}"), argument
+    kind, row, column, *argument = move.split()
+    return kind, cell_of(f"{row} {column}"), " ".join(argument)
 
 
 @cache
@@ -99,8 +97,8 @@ def all_moves(size: int) -> frozenset[str]:
     return frozenset(
         f"{kind} {cell_name(cell)} {argument}"
         for cell in all_cells(size)
-        for kind, arguments in ARGUMENTS.items()
-        for argument in (board.neighbours(cell) if kind in ("swap", "stamp") else arguments)
+        for kind in KINDS
+        for argument in WAYS.get(kind) or map(cell_name, board.neighbours(cell))
     )
 
 
@@ -116,9 +114,18 @@ def flipped(pattern: str, way: str) -> str:
     return "".join(reversed(rows) if way == "over" else (row[::-1] for row in rows))
 
 
-def stamped(pattern: str, stamp: str) -> str:
-    """The exclusive or of two patterns."""
-    return "".join("01"[one != other] for one, other in zip(pattern, stamp))
+def changed(pattern: str, kind: str, argument: str, other: str) -> str:
+    """A pattern after a move, but a swap.
+
+    Args:
+        pattern (`str`): before it.
+        kind (`str`), argument (`str`): of the move.
+        other (`str`): the pattern of the neighbour that it names.
+    """
+    if kind in WAYS:
+        return (turned if kind == "turn" else flipped)(pattern, argument)
+    where_dots_are = {"stamp": "10", "print": "11", "erase": "00"}[kind]
+    return "".join(where_dots_are[int(bit)] if dot == "1" else bit for bit, dot in zip(pattern, other))
 
 
 def rows_of(pattern: str) -> list[str]:
@@ -148,20 +155,20 @@ def sample_moves(
         number (`int`): of moves.
         weights (`Mapping[str, float]`): how often each kind of move is drawn.
         touch (`float`): share of moves of the followed tile. The others are of one next to it, which a later stamp may
-            come from. A stamp comes from a tile that moves have changed, if one is near.
+            come from. A stamp, a print or an erasure comes from a tile that moves have changed, if one is near.
     """
     steps, unchanged = [], board  # `unchanged`: each tile where it is now, with the pattern that it had at first
     kinds = list(weights)
     for _ in range(number):
         kind = rng.choices(kinds, [weights[name] for name in kinds])[0]
-        near = list(board.neighbours(board.followed).values())
-        cell = board.followed if rng.random() < touch else rng.choice(near)
-        arguments = list(ARGUMENTS[kind])
-        if kind in ("swap", "stamp"):
+        cell = board.followed if rng.random() < touch else rng.choice(board.neighbours(board.followed))
+        if kind in WAYS:
+            argument = rng.choice(WAYS[kind])
+        else:
             others = board.neighbours(cell)
-            changed = [way for way, other in others.items() if board[other] != unchanged[other]]
-            arguments = changed if kind == "stamp" and changed else list(others)
-        move = f"{kind} {cell_name(cell)} {rng.choice(arguments)}"
+            moved = [other for other in others if board[other] != unchanged[other]]
+            argument = cell_name(rng.choice(moved if kind != "swap" and moved else others))
+        move = f"{kind} {cell_name(cell)} {argument}"
         board = board.move(move)
         unchanged = unchanged.move(move) if kind == "swap" else unchanged
         steps.append((move, board))

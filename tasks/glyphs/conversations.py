@@ -11,7 +11,7 @@ from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
 from ilvr.tasks.forms import FILLER, INSTRUCTIONS, add_step
 from ilvr.tasks.images import as_png
 
-from .board import ARGUMENTS, GlyphBoard, parse_move
+from .board import KINDS, WAYS, GlyphBoard, parse_move
 from .rendering import render_glyph_board
 
 
@@ -43,7 +43,7 @@ def question_of(followed: Cell, moves: list[str], form: str) -> str:
 def vocabulary(size: int, max_moves: int, words: Sequence[str]) -> list[str]:
     """Texts that hold every word of the task."""
     cells = " ".join(f" {cell_name(cell)}" for cell in all_cells(size))
-    moves = [f"{kind} a x {argument}" for kind, arguments in ARGUMENTS.items() for argument in arguments]
+    moves = [f"{kind} a x {argument}" for kind in KINDS for argument in WAYS.get(kind, ["a y"])]
     questions = [question_of((0, 0), moves, form) for form in INSTRUCTIONS]
     numbers = " ".join(f" {n}" for n in range(max_moves + 1))
     boxed = " ".join(f" \\boxed{{ {word} {word}}}" for word in words)
@@ -62,7 +62,7 @@ def told_cell(move: str, after: GlyphBoard, state_of: str) -> Cell:
     if state_of == "followed":
         return after.followed
     kind, cell, argument = parse_move(move)
-    return after.neighbours(cell)[argument] if kind == "swap" else cell
+    return cell_of(argument) if kind == "swap" else cell
 
 
 def conversation(

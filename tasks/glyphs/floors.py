@@ -7,9 +7,10 @@ Each floor knows which tile a move is of, and lacks one part of the work:
 | floor | what it does |
 |---|---|
 | `first_pattern` | says what is on the tile in the picture |
-| `order_free` | takes all turns, then all flips, then stamps of the first patterns, in whatever order they were |
-| `without_stamps` | takes turns and flips in their order, and leaves out the stamps |
-| `stamps_of_places` | takes all moves in their order; a stamp is read off the picture, at its place |
+| `order_free` | takes turns, flips, stamps, prints and erasures in this order, of the first patterns |
+| `without_stamps` | takes turns and flips in their order, and leaves out what takes dots of another tile |
+| `last_two` | takes the last two moves of the tile alone |
+| `stamps_of_places` | takes all moves in their order; another tile's dots are read off the picture, at its place |
 | `stamps_of_tiles` | the same, off the tile's first place: all is followed but what moves did to the other tiles |
 
 A model that answers more often than the largest has to do serial work on more than one tile. With the default weights,
@@ -20,7 +21,9 @@ import argparse
 import random
 from typing import NamedTuple
 
-from .board import TOUCH, WEIGHTS, GlyphBoard, flipped, parse_move, sample_board, sample_moves, stamped, turned
+from ilvr.tasks.cells import cell_of
+
+from .board import KINDS, TOUCH, WAYS, WEIGHTS, GlyphBoard, changed, parse_move, sample_board, sample_moves
 
 
 class Effect(NamedTuple):
@@ -40,7 +43,7 @@ def effects_on_the_followed(board: GlyphBoard, moves: list[str]) -> list[Effect]
         if kind == "swap":
             board = board.move(move)
         elif cell == board.followed:
-            source = board.neighbours(cell)[argument] if kind == "stamp" else cell
+            source = cell if kind in WAYS else cell_of(argument)
             found.append(Effect(kind, argument, first[source], board[source]))
     return found
 
@@ -53,11 +56,12 @@ def floor_answers(board: GlyphBoard, moves: list[str]) -> dict[str, str]:
         moves (`list[str]`): that are listed.
     """
     first, effects = board[board.followed], effects_on_the_followed(board, moves)
-    sorted_effects = sorted(effects, key=lambda effect: ("turn", "flip", "stamp").index(effect.kind))
+    sorted_effects = sorted(effects, key=lambda effect: KINDS.index(effect.kind))
     return {
         "first_pattern": first,
         "order_free": _apply(first, sorted_effects, "at_its_place"),
-        "without_stamps": _apply(first, [effect for effect in effects if effect.kind != "stamp"], "at_its_place"),
+        "without_stamps": _apply(first, [effect for effect in effects if effect.kind in WAYS], "at_its_place"),
+        "last_two": _apply(first, effects[-2:], "at_its_place"),
         "stamps_of_places": _apply(first, effects, "at_its_place"),
         "stamps_of_tiles": _apply(first, effects, "on_its_tile"),
     }
@@ -65,10 +69,7 @@ def floor_answers(board: GlyphBoard, moves: list[str]) -> dict[str, str]:
 
 def _apply(pattern: str, effects: list[Effect], stamp: str) -> str:
     for effect in effects:
-        if effect.kind == "stamp":
-            pattern = stamped(pattern, getattr(effect, stamp))
-        else:
-            pattern = (turned if effect.kind == "turn" else flipped)(pattern, effect.argument)
+        pattern = changed(pattern, effect.kind, effect.argument, getattr(effect, stamp))
     return pattern
 
 

@@ -15,7 +15,7 @@ from ilvr.tasks.forms import check_form, check_latent_size
 from ilvr.tasks.generation import generate_dataset
 from ilvr.tasks.task import Task
 
-from .board import ARGUMENTS, TOUCH, WEIGHTS, sample_board, sample_moves
+from .board import KINDS, TOUCH, WAYS, WEIGHTS, sample_board, sample_moves
 from .conversations import (
     alphabet,
     base_conversation,
@@ -32,7 +32,7 @@ CONVERSATION_SETTINGS = ("word_bits", "short_word_bits", "state_of", "latent_siz
 
 @dataclass
 class Glyphs(Task):
-    """Following a tile and the dots on it through swaps, turns, flips and stamps.
+    """Following a tile and the dots on it through swaps, turns, flips, stamps, prints and erasures.
 
     **What training is told.** `selection_method="answer_gradient"` asks of each helper image what is on the tile that
     is followed, and names the place where it then is: each row's `helper_questions`. So the *place* is a label, which
@@ -85,7 +85,7 @@ class Glyphs(Task):
 
     title = "Glyphs"
     metric = "glyphs"
-    prompt = question_of((1, 2), ["swap b z left", "stamp b y up", "turn b y right"], "trace")
+    prompt = question_of((1, 2), ["swap b z b y", "stamp b y a y", "turn b y right"], "trace")
 
     def __post_init__(self) -> None:
         self.test_lengths = self.test_lengths or self.lengths
@@ -98,13 +98,13 @@ class Glyphs(Task):
             values = getattr(self, name)
             if len(values) != 2 or not 1 <= values[0] <= values[1]:
                 raise ValueError(f"{name} must be a fewest and a most number of moves, from 1 on, got {values}.")
-        if set(self.weights) - set(ARGUMENTS) or min(self.weights.values(), default=0) < 0 or not self._total() > 0:
-            raise ValueError(f"weights must name some of {', '.join(ARGUMENTS)}, not all 0, got {self.weights}.")
-        needs_neighbours = self.touch < 1 or any(self.weights.get(kind) for kind in ("swap", "stamp"))
+        if set(self.weights) - set(KINDS) or min(self.weights.values(), default=0) < 0 or not self._total() > 0:
+            raise ValueError(f"weights must name some of {', '.join(KINDS)}, not all 0, got {self.weights}.")
+        needs_neighbours = self.touch < 1 or any(self.weights.get(kind) for kind in set(KINDS) - set(WAYS))
         if self.size == 1 and needs_neighbours:
             raise ValueError(
-                "A board of one tile has no neighbours to swap, stamp or move: leave swap and stamp out of weights "
-                f"and set touch to 1, got {self.weights} and {self.touch}."
+                f"A board of one tile has no neighbours: keep to {' and '.join(WAYS)} in weights and set touch to 1, "
+                f"got {self.weights} and {self.touch}."
             )
         if self.state_of not in ("followed", "moved"):
             raise ValueError(f"state_of must be 'followed' or 'moved', got {self.state_of!r}.")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from task_forms import check_forms, check_refusals, check_vocabulary, words_of
 from ilvr.data.images import open_image
 from ilvr.evaluation import load_metric, score_each
 from ilvr.tasks import load_task
-from ilvr.tasks.cells import all_cells, cell_name
+from ilvr.tasks.cells import all_cells, cell_name, cell_of
 from ilvr.tasks.glyphs import GlyphBoard, render_glyph_board
 from ilvr.tasks.glyphs.board import TOUCH, WEIGHTS, all_moves, parse_move, sample_board, sample_moves
 from ilvr.tasks.glyphs.conversations import alphabet, spelled
@@ -30,9 +31,9 @@ def after(board, *moves):
 @pytest.mark.parametrize(
     "move, tiles, followed",
     [
-        ("swap a x right", (CROSS, CORNER, BAR, BLANK), (0, 1)),  # the tile is followed to its new place
-        ("swap b x up", (BAR, CROSS, CORNER, BLANK), (1, 0)),  # also when the other one is named
-        ("swap b x right", (CORNER, CROSS, BLANK, BAR), (0, 0)),
+        ("swap a x a y", (CROSS, CORNER, BAR, BLANK), (0, 1)),  # the tile is followed to its new place
+        ("swap b x a x", (BAR, CROSS, CORNER, BLANK), (1, 0)),  # also when the other one is named
+        ("swap b x b y", (CORNER, CROSS, BLANK, BAR), (0, 0)),
         ("turn a x right", ("011001000", CROSS, BAR, BLANK), (0, 0)),
         ("turn a x left", ("000100110", CROSS, BAR, BLANK), (0, 0)),
         ("turn b x right", (CORNER, CROSS, "100100100", BLANK), (0, 0)),
@@ -41,24 +42,31 @@ def after(board, *moves):
         ("flip a x over", ("000100110", CROSS, BAR, BLANK), (0, 0)),
         ("flip b x over", (CORNER, CROSS, "111000000", BLANK), (0, 0)),
         ("flip b x sideways", (CORNER, CROSS, BAR, BLANK), (0, 0)),
-        ("stamp a x right", ("100011010", CROSS, BAR, BLANK), (0, 0)),  # onto a x, from a y
-        ("stamp a x down", ("110100111", CROSS, BAR, BLANK), (0, 0)),
-        ("stamp a y left", (CORNER, "100011010", BAR, BLANK), (0, 0)),
-        ("stamp a y down", (CORNER, CROSS, BAR, BLANK), (0, 0)),  # a blank stamp
+        ("stamp a x a y", ("100011010", CROSS, BAR, BLANK), (0, 0)),  # onto a x, from a y
+        ("stamp a x b x", ("110100111", CROSS, BAR, BLANK), (0, 0)),
+        ("stamp a y a x", (CORNER, "100011010", BAR, BLANK), (0, 0)),
+        ("stamp a y b y", (CORNER, CROSS, BAR, BLANK), (0, 0)),  # a blank stamp
+        ("print a x a y", ("110111010", CROSS, BAR, BLANK), (0, 0)),
+        ("print b y b x", (CORNER, CROSS, BAR, "000000111"), (0, 0)),
+        ("erase a x a y", ("100000000", CROSS, BAR, BLANK), (0, 0)),
+        ("erase a y a x", (CORNER, "000011010", BAR, BLANK), (0, 0)),
     ],
 )
 def test_moves_worked_out_by_hand(move, tiles, followed):
     assert BOARD.move(move) == GlyphBoard(tiles, followed)
 
 
-def test_each_move_is_a_permutation_of_boards_with_an_inverse():
+def test_each_move_but_prints_and_erasures_has_an_inverse():
     inverse = {"turn left": "right", "turn right": "left"}
     board = sample_board(random.Random(0), 4, 3, "train", 0)
     for move in all_moves(4):
         kind, cell, argument = parse_move(move)
         back = f"{kind} {cell_name(cell)} {inverse.get(f'{kind} {argument}', argument)}"
-        assert after(board, move, back) == board
-    assert len(all_moves(4)) == 16 * 4 + 2 * 48  # 4 turns and flips a tile; swaps and stamps of 24 pairs, both ways
+        if kind in ("print", "erase"):  # once is as good as twice
+            assert after(board, move, back) == after(board, move)
+        else:
+            assert after(board, move, back) == board
+    assert len(all_moves(4)) == 16 * 4 + 4 * 48  # 4 turns and flips a tile; moves of 24 pairs, both ways
 
 
 def test_each_floor_lacks_one_part_of_the_work():
@@ -67,17 +75,24 @@ def test_each_floor_lacks_one_part_of_the_work():
         end = after(BOARD, *moves)
         return {name for name, pattern in found.items() if pattern == end[end.followed]}
 
-    everything = {"first_pattern", "order_free", "without_stamps", "stamps_of_places", "stamps_of_tiles"}
-    assert answers("stamp b y left", "swap a x right") == everything  # nothing happens to the tile
+    everything = {"first_pattern", "order_free", "without_stamps", "last_two", "stamps_of_places", "stamps_of_tiles"}
+    assert answers("stamp b y b x", "swap a x a y") == everything  # nothing happens to the tile
     assert answers("turn a x left") == everything - {"first_pattern"}
     # The turn turns the cross as well as the corner, or only the corner: a cross looks the same.
-    assert answers("stamp a x right", "turn a x left") == {"order_free", "stamps_of_places", "stamps_of_tiles"}
-    assert answers("stamp a x down", "turn a x left") == {"stamps_of_places", "stamps_of_tiles"}
+    assert answers("stamp a x a y", "turn a x left") == {
+        "order_free",
+        "last_two",
+        "stamps_of_places",
+        "stamps_of_tiles",
+    }
+    assert answers("stamp a x b x", "turn a x left") == {"last_two", "stamps_of_places", "stamps_of_tiles"}
+    # The corner, erased by the bar and then stamped with it, has all of the bar; two moves of three are too few.
+    assert answers("turn a x left", "erase a x b x", "stamp a x b x") == {"stamps_of_places", "stamps_of_tiles"}
     # The stamp's tile came from elsewhere: one floor looks at the place, the other at the tile.
-    assert answers("swap a y down", "stamp a x right") == {"first_pattern", "without_stamps", "stamps_of_tiles"}
+    assert answers("swap a y b y", "stamp a x a y") == {"first_pattern", "without_stamps", "stamps_of_tiles"}
     # The stamp's tile was changed before: no floor sees it.
-    assert answers("turn b x left", "stamp a x down") == set()
-    assert floor_answers(BOARD, ["turn b x left", "stamp a x down"])["stamps_of_tiles"] == "110100111"
+    assert answers("turn b x left", "stamp a x b x") == set()
+    assert floor_answers(BOARD, ["turn b x left", "stamp a x b x"])["stamps_of_tiles"] == "110100111"
 
 
 def test_floors_are_low_at_six_moves():
@@ -96,7 +111,7 @@ def test_moves_are_drawn_as_weights_and_touch_say():
     for move, next_board in steps:
         kind, cell, _ = parse_move(move)
         kinds[kind] = kinds.get(kind, 0) + 1
-        near = [board.followed, *board.neighbours(board.followed).values()]
+        near = [board.followed, *board.neighbours(board.followed)]
         assert cell in near
         touched += cell == board.followed
         board = next_board
@@ -113,8 +128,8 @@ def test_stamps_come_from_changed_tiles_where_there_are_any():
         (first, turned), (stamp, _) = sample_moves(rng, board, 2, weights={"stamp": 1}, touch=0.5)
         _, changed, _ = parse_move(first)
         _, cell, argument = parse_move(stamp)
-        if changed in turned.neighbours(cell).values() and turned != board:
-            assert turned.neighbours(cell)[argument] == changed
+        if changed in turned.neighbours(cell) and turned != board:
+            assert argument == cell_name(changed)
 
 
 def test_splits_are_disjoint_and_a_seed_fixes_everything():
@@ -177,20 +192,17 @@ def test_a_step_may_tell_of_the_tile_that_it_moved():
         for number, (move, (_, picture)) in enumerate(zip(metadata["moves"], task.draw(trace, ""))):
             kind, cell, argument = parse_move(move)
             # A swapped tile is where the other one was.
-            cell = BOARD_4.neighbours(cell)[argument] if kind == "swap" else cell
-            step = words[16 * number : 16 * number + 16]  # number, move of four words, place of two, nine bits
-            assert step[5:7] == cell_name(cell).split() and patches[number] == 4 * cell[0] + cell[1]
+            cell = cell_of(argument) if kind == "swap" else cell
+            told, words = words[1 + len(move.split()) :][:11], words[1 + len(move.split()) + 11 :]  # place, nine bits
+            assert told[:2] == cell_name(cell).split() and patches[number] == 4 * cell[0] + cell[1]
             row, column = cell
             pixels = np.asarray(picture)[64 * row : 64 * row + 64, 64 * column : 64 * column + 64]
-            assert np.array_equal(pixels, np.asarray(render_glyph_board(GlyphBoard(("".join(step[7:]),), (0, 0)))))
+            assert np.array_equal(pixels, np.asarray(render_glyph_board(GlyphBoard(("".join(told[2:]),), (0, 0)))))
         # The last span leads to the answer if it is about the tile that is followed.
         expected = trace["answer"] if metadata["tells_answer"] else None
         assert task.donor_reference(trace, trace) == expected
         tells.add(metadata["tells_answer"])
     assert tells == {True, False}
-
-
-BOARD_4 = GlyphBoard((BLANK,) * 16, (0, 0))
 
 
 def test_the_last_span_of_another_sample_leads_to_its_answer():
@@ -212,8 +224,8 @@ def test_base_asks_first_what_is_on_a_tile():
                 name, end = question.removeprefix("What is on ").removesuffix("?"), board
                 cell = next(cell for cell in all_cells(4) if cell_name(cell) == name)
             else:
-                words = question.split("Moves: ")[1].split(".")[0].split()
-                end = after(board, *(" ".join(words[i + 1 : i + 5]) for i in range(0, len(words), 5)))
+                listed = question.split("Moves: ")[1].split(".")[0]
+                end = after(board, *(move.strip() for move in re.split(r"\d+", listed) if move))
                 cell = end.followed
             assert answer == f" \\boxed{{ {' '.join(end[cell])}}}"
 
@@ -259,7 +271,10 @@ def test_refusals():
         ({"size": 1, "touch": 1}, "one tile has no neighbours.*got {'swap': 0.15"),
         ({"size": 1, "weights": {"turn": 1}}, "one tile has no neighbours.*and 0.6"),
         ({"lengths": [5, 4]}, r"lengths must be a fewest and a most.*\[5, 4\]"),
-        ({"weights": {"jump": 1}}, "weights must name some of swap, turn, flip, stamp, not all 0, got {'jump': 1}"),
+        (
+            {"weights": {"jump": 1}},
+            "weights must name some of swap, turn, flip, stamp, print, erase, not all 0, got {'jump': 1}",
+        ),
         ({"weights": {"swap": 0}}, "weights must name some of"),
         ({"weights": {"swap": 1, "turn": -1}}, "weights must name some of"),
         ({"weights": {}}, "weights must name some of"),
@@ -268,6 +283,6 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=message):
             load_task("glyphs", boards=1, test_boards=1, **settings)
-    for move in ("swap a x left", "turn a x up", "stamp c x up"):
+    for move in ("swap a x left", "turn a x up", "stamp c x b x", "print a x b y"):
         with pytest.raises(ValueError, match=f"2x2 board has no move '{move}'"):
             BOARD.move(move)
