@@ -92,7 +92,7 @@ def test_the_study_of_shifts_is_valid():
 def test_an_arm_may_train_on_other_settings_of_the_task():
     study = Study.load("studies/glyphs.yaml")
     assert study.task_of(0, arm="base1").size == 1 and study.task_of(0, arm="base").size == study.task_of(0).size == 2
-    assert study.task_of(0, arm="oracle_one").lengths == [1, 1] and study.task_of(0, "trained").lengths == [2, 5]
+    assert study.task_of(0, arm="oracle_few").lengths == [1, 2] and study.task_of(0, "trained").lengths == [2, 6]
 
 
 def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypatch, capsys):
