@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -65,7 +66,7 @@ def report(study: Study, found: Found) -> str:
     if any("held_out" in result for result in every):
         parts += ["### While they were trained", curves_table(found)]
     if study.name in RULES:
-        parts += ["### The rules", RULES[study.name](found)]
+        parts += ["### The rules", rules_table(RULES[study.name](found), found)]
     return "\n\n".join(parts)
 
 
@@ -147,13 +148,12 @@ def curves_table(found: Found) -> str:
     return table(rows)
 
 
-def rules_of_shifts(found: Found) -> str:
-    """Each rule of acceptance with what was measured, over the seeds that all its arms have."""
+Rule = tuple[str, list[str], Callable[[], tuple[str, bool]]]  # what holds, for which arms, and a measurement
 
-    def pooled(arm: str, *others: str, test: str = "trained", control: str | None = None) -> str:
-        seeds = sorted(set.intersection(*(set(found[name]) for name in (arm, *others))))
-        results = [found[arm][seed]["tests"][test] for seed in seeds]
-        return "".join(result["right"] if control is None else result["controls"][control] for result in results)
+
+def rules_of_shifts(found: Found) -> list[Rule]:
+    """The rules of acceptance of shifts."""
+    pooled = partial(pooled_answers, found)
 
     def above(other: str) -> Callable[[], tuple[str, bool]]:
         def measured() -> tuple[str, bool]:
@@ -180,7 +180,7 @@ def rules_of_shifts(found: Found) -> str:
 
     controls = [result["tests"]["trained"].get("controls", {}) for result in found.get("stage2", {}).values()]
     has_donors = all("donor" in own for own in controls)  # only samples with spans have any
-    rules = [
+    return [
         ("accuracy at least 98 %", ["stage2"], share(98)),
         ("at most 1 point below the oracle", ["stage2", "oracle2"], oracle),
         ("50 points above answer-only", ["stage2", "answer_only"], above("answer_only")),
@@ -194,6 +194,40 @@ def rules_of_shifts(found: Found) -> str:
         ("stage 2 at least as good as stage 1", ["stage2", "stage1"], keeps),
         ("80 % on *longer*", ["stage2"], share(80, test="longer")),
     ]
+
+
+def rules_of_glyphs(found: Found) -> list[Rule]:
+    """The bar of glyphs: 20 points above words in as many positions, and so at six moves."""
+    arms = ["oracle2", "text_equal2"]
+
+    def above_words(group: str | None = None) -> tuple[str, bool]:
+        own, words = (as_bools(pooled_answers(found, *order, group=group)) for order in (arms, arms[::-1]))
+        gap = paired_difference(own, words)
+        return points(gap), 100 * gap.low >= 20
+
+    return [
+        ("20 points above words in as many positions", arms, above_words),
+        ("… at six moves", arms, partial(above_words, "6 moves")),
+    ]
+
+
+RULES = {"shifts": rules_of_shifts, "glyphs": rules_of_glyphs}
+
+
+def pooled_answers(
+    found: Found, arm: str, *others: str, test: str = "trained", control: str | None = None, group: str | None = None
+) -> str:
+    """Which answers of an arm are right, over the seeds that the others have as well."""
+    seeds = sorted(set.intersection(*(set(found[name]) for name in (arm, *others))))
+    answers = []
+    for result in (found[arm][seed]["tests"][test] for seed in seeds):
+        right = result["right"] if control is None else result["controls"][control]
+        answers += right if group is None else [bit for bit, own in zip(right, result["groups"]) if own == group]
+    return "".join(answers)
+
+
+def rules_table(rules: list[Rule], found: Found) -> str:
+    """Each rule of acceptance with what was measured, over the seeds that all its arms have."""
     rows = [["rule", "measured", "seeds", "holds"]]
     for rule, arms, measure in rules:
         if not arms or not all(arm in found for arm in arms):
@@ -203,9 +237,6 @@ def rules_of_shifts(found: Found) -> str:
         seeds = len(set.intersection(*(set(found[arm]) for arm in arms)))
         rows.append([rule, value, str(seeds), ("yes" if holds else "**no**") + ("" if seeds >= 3 else ", so far")])
     return table(rows)
-
-
-RULES = {"shifts": rules_of_shifts}
 
 
 def difference(first: str, second: str) -> str:

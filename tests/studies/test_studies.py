@@ -166,9 +166,8 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
         "stage1": {0: results("stage1", 0, "1" * 98 + "00")},
         "stage2": {0: results("stage2", 0, "1" * 99 + "0", controls)},
     }
-    lines = {
-        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in page.rules_of_shifts(found).splitlines()
-    }
+    rules = page.rules_table(page.rules_of_shifts(found), found)
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in rules.splitlines()}
     assert (
         lines["accuracy at least 98 %"][:2] == ["99.0 %", "1"] and "yes, so far" in lines["accuracy at least 98 %"][2]
     )
@@ -177,6 +176,16 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
     assert lines["stage 2 at least as good as stage 1"][0].startswith("+1.0")
     assert lines["50 points above the deeper answer-only"][0] == "not run"
     assert lines["another sample's latents cost 60 points"][0] == "+100.0 (+100.0 – +100.0)"
+
+
+def test_the_bar_of_glyphs_is_judged_at_six_moves_too(study):
+    found = {"oracle2": {0: results("oracle2", 0, "1" * 50 + "1" * 30 + "0" * 20)}}
+    found["text_equal2"] = {0: results("text_equal2", 0, "1" * 10 + "0" * 40 + "1" * 30 + "0" * 20)}
+    for runs in found.values():
+        runs[0]["tests"]["trained"]["groups"] = ["2 moves"] * 50 + ["6 moves"] * 50
+    every, six = page.rules_table(page.rules_of_glyphs(found), found).splitlines()[2:]
+    assert "+40.0 (" in every and "yes, so far" in every
+    assert "+0.0 (" in six and "**no**" in six
 
 
 def test_arms_come_after_those_that_they_continue(tmp_path):
