@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from ilvr.evaluation.intervals import wilson_interval
-from ilvr.evaluation.statistics import mcnemar, paired_difference
+from ilvr.evaluation.statistics import Difference, mcnemar, paired_difference
 
 from .study import Study
 
@@ -28,6 +28,7 @@ CONTROLS = {
 }
 HELD_OUT = {"held out, %": "eval_accuracy", "… with another sample's latents, %": "eval_swapped_accuracy"}
 Found = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, what `studies.run` measured
+Rule = tuple[str, list[str], Callable[[], tuple[str, bool]]]  # what has to hold, the arms it needs, value and verdict
 
 
 def main() -> None:
@@ -148,16 +149,13 @@ def curves_table(found: Found) -> str:
     return table(rows)
 
 
-Rule = tuple[str, list[str], Callable[[], tuple[str, bool]]]  # what holds, for which arms, and a measurement
-
-
 def rules_of_shifts(found: Found) -> list[Rule]:
     """The rules of acceptance of shifts."""
     pooled = partial(pooled_answers, found)
 
     def above(other: str) -> Callable[[], tuple[str, bool]]:
         def measured() -> tuple[str, bool]:
-            gap = paired_difference(as_bools(pooled("stage2", other)), as_bools(pooled(other, "stage2")))
+            gap = gap_between(found, "stage2", other)
             return points(gap), 100 * gap.low >= 50
 
         return measured
@@ -166,7 +164,7 @@ def rules_of_shifts(found: Found) -> list[Rule]:
         return lambda: (f"{rate(pooled('stage2', **where)):.1f} %", rate(pooled("stage2", **where)) >= bar)
 
     def oracle() -> tuple[str, bool]:
-        gap = paired_difference(as_bools(pooled("oracle2", "stage2")), as_bools(pooled("stage2", "oracle2")))
+        gap = gap_between(found, "oracle2", "stage2")
         return points(gap), 100 * gap.value <= 1
 
     def swapped() -> tuple[str, bool]:
@@ -175,7 +173,7 @@ def rules_of_shifts(found: Found) -> list[Rule]:
         return points(gap), 100 * gap.low >= 60
 
     def keeps() -> tuple[str, bool]:
-        gap = paired_difference(as_bools(pooled("stage2", "stage1")), as_bools(pooled("stage1", "stage2")))
+        gap = gap_between(found, "stage2", "stage1")
         return points(gap), gap.value >= 0
 
     controls = [result["tests"]["trained"].get("controls", {}) for result in found.get("stage2", {}).values()]
@@ -201,8 +199,7 @@ def rules_of_glyphs(found: Found) -> list[Rule]:
     arms = ["oracle2", "text_equal2"]
 
     def above_words(group: str | None = None) -> tuple[str, bool]:
-        own, words = (as_bools(pooled_answers(found, *order, group=group)) for order in (arms, arms[::-1]))
-        gap = paired_difference(own, words)
+        gap = gap_between(found, *arms, group=group)
         return points(gap), 100 * gap.low >= 20
 
     return [
@@ -222,8 +219,17 @@ def pooled_answers(
     answers = []
     for result in (found[arm][seed]["tests"][test] for seed in seeds):
         right = result["right"] if control is None else result["controls"][control]
-        answers += right if group is None else [bit for bit, own in zip(right, result["groups"]) if own == group]
+        answers += (
+            right if group is None else [bit for bit, own in zip(right, result["groups"], strict=True) if own == group]
+        )
     return "".join(answers)
+
+
+def gap_between(found: Found, one: str, other: str, **where: Any) -> Difference:
+    """The paired difference of two arms, see [`pooled_answers`]."""
+    return paired_difference(
+        as_bools(pooled_answers(found, one, other, **where)), as_bools(pooled_answers(found, other, one, **where))
+    )
 
 
 def rules_table(rules: list[Rule], found: Found) -> str:

@@ -1,4 +1,4 @@
-"""Glyphs: dot patterns that are swapped, turned, flipped and stamped; what is on the tile that is followed?"""
+"""Glyphs: dot patterns that are swapped, turned, flipped or changed by a neighbour's; what is on a tile at the end?"""
 
 from .board import GlyphBoard
 from .rendering import render_glyph_board

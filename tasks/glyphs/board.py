@@ -1,7 +1,7 @@
 """Boards of tiles with dot patterns, what moves do to them, and the drawing of moves.
 
-The state of a tile is bits that have no name, nine or more, so it is dear to write; and what a stamp does depends on
-what moves have made of another tile, so it cannot be read off the first picture.
+The state of a tile is bits that have no name, nine or more, so it is dear to write; and what a stamp, a print or an
+erasure does depends on what moves have made of another tile, so it cannot be read off the first picture.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from math import isqrt
 from ilvr.tasks.cells import Cell, all_cells, cell_name, cell_of, patch_of
 
 
-NEIGHBOURS = ((0, -1), (0, 1), (-1, 0), (1, 0))  # down and right
+OFFSETS = ((0, -1), (0, 1), (-1, 0), (1, 0))  # of neighbours: rows down, columns to the right
 WAYS = {
     "turn": ("left", "right"),  # by a quarter
     "flip": ("sideways", "over"),  # which sides change places: left and right, top and bottom
@@ -48,7 +48,7 @@ class GlyphBoard:
 
     def neighbours(self, cell: Cell) -> list[Cell]:
         """The cells next to a cell."""
-        cells = [(cell[0] + down, cell[1] + right) for down, right in NEIGHBOURS]
+        cells = [(cell[0] + down, cell[1] + right) for down, right in OFFSETS]
         return [near for near in cells if all(0 <= place < self.size for place in near)]
 
     def move(self, move: str) -> "GlyphBoard":
@@ -64,7 +64,7 @@ class GlyphBoard:
             ValueError: if the board has no such move.
         """
         if move not in all_moves(self.size):
-            raise ValueError(f"A {self.size}x{self.size} board has no move {move!r}; one is 'swap a x a y'.")
+            raise ValueError(f"A {self.size}x{self.size} board has no move {move!r}; one is 'turn a x left'.")
         kind, cell, argument = parse_move(move)
         other = cell if kind in WAYS else cell_of(argument)
         if kind == "swap":
@@ -115,17 +115,17 @@ def flipped(pattern: str, way: str) -> str:
 
 
 def changed(pattern: str, kind: str, argument: str, other: str) -> str:
-    """A pattern after a move, but a swap.
+    """A pattern after a move that is no swap.
 
     Args:
         pattern (`str`): before it.
         kind (`str`), argument (`str`): of the move.
-        other (`str`): the pattern of the neighbour that it names.
+        other (`str`): the pattern of the neighbour that it names; turns and flips do not look at it.
     """
     if kind in WAYS:
         return (turned if kind == "turn" else flipped)(pattern, argument)
-    where_dots_are = {"stamp": "10", "print": "11", "erase": "00"}[kind]
-    return "".join(where_dots_are[int(bit)] if dot == "1" else bit for bit, dot in zip(pattern, other))
+    becomes = {"stamp": "10", "print": "11", "erase": "00"}[kind]  # what 0 and 1 are where the neighbour has a dot
+    return "".join(becomes[int(bit)] if dot == "1" else bit for bit, dot in zip(pattern, other))
 
 
 def rows_of(pattern: str) -> list[str]:
@@ -166,8 +166,8 @@ def sample_moves(
             argument = rng.choice(WAYS[kind])
         else:
             others = board.neighbours(cell)
-            moved = [other for other in others if board[other] != unchanged[other]]
-            argument = cell_name(rng.choice(moved if kind != "swap" and moved else others))
+            altered = [other for other in others if board[other] != unchanged[other]]
+            argument = cell_name(rng.choice(altered if kind != "swap" and altered else others))
         move = f"{kind} {cell_name(cell)} {argument}"
         board = board.move(move)
         unchanged = unchanged.move(move) if kind == "swap" else unchanged

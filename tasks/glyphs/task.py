@@ -57,7 +57,7 @@ class Glyphs(Task):
             to it.
         state_of (`str`, *optional*, defaults to `"followed"`): whose pattern a step tells, by latents or in words: of
             the tile that is `"followed"`, or of the one that the move `"moved"`. The first leaves it to the model to
-            keep what moves do to tiles that stamps come from.
+            keep what moves do to tiles whose dots are taken.
         base_tiles (`int`, *optional*, defaults to 4): tiles of a picture that a small backbone is asked about.
         base_moves (`tuple[int, ...]`, *optional*, defaults to `(1, 1, 2)`): and moves of each question to do at once.
         latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.

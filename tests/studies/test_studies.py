@@ -178,14 +178,14 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
     assert lines["another sample's latents cost 60 points"][0] == "+100.0 (+100.0 – +100.0)"
 
 
-def test_the_bar_of_glyphs_is_judged_at_six_moves_too(study):
+def test_the_bar_of_glyphs_is_judged_at_six_moves_too():
     found = {"oracle2": {0: results("oracle2", 0, "1" * 50 + "1" * 30 + "0" * 20)}}
-    found["text_equal2"] = {0: results("text_equal2", 0, "1" * 10 + "0" * 40 + "1" * 30 + "0" * 20)}
+    found["text_equal2"] = {0: results("text_equal2", 0, "1" * 10 + "0" * 40 + "1" * 18 + "0" * 32)}
     for runs in found.values():
         runs[0]["tests"]["trained"]["groups"] = ["2 moves"] * 50 + ["6 moves"] * 50
     every, six = page.rules_table(page.rules_of_glyphs(found), found).splitlines()[2:]
-    assert "+40.0 (" in every and "yes, so far" in every
-    assert "+0.0 (" in six and "**no**" in six
+    assert "+52.0 (" in every and "yes, so far" in every
+    assert "+24.0 (" in six and "**no**" in six  # the lower end counts
 
 
 def test_arms_come_after_those_that_they_continue(tmp_path):

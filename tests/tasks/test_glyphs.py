@@ -13,7 +13,7 @@ from ilvr.evaluation import load_metric, score_each
 from ilvr.tasks import load_task
 from ilvr.tasks.cells import all_cells, cell_name, cell_of
 from ilvr.tasks.glyphs import GlyphBoard, render_glyph_board
-from ilvr.tasks.glyphs.board import TOUCH, WEIGHTS, all_moves, parse_move, sample_board, sample_moves
+from ilvr.tasks.glyphs.board import KINDS, TOUCH, WEIGHTS, all_moves, parse_move, sample_board, sample_moves
 from ilvr.tasks.glyphs.conversations import alphabet, spelled
 from ilvr.tasks.glyphs.floors import floor_answers, measure_floors
 
@@ -125,7 +125,9 @@ def test_stamps_come_from_changed_tiles_where_there_are_any():
     rng = random.Random(1)
     for _ in range(100):
         board = sample_board(rng, 3, 3, "train", 0)
-        (first, turned), (stamp, _) = sample_moves(rng, board, 2, weights={"stamp": 1}, touch=0.5)
+        (first, turned), (stamp, _) = sample_moves(
+            rng, board, 2, weights={"stamp": 1, "print": 1, "erase": 1}, touch=0.5
+        )
         _, changed, _ = parse_move(first)
         _, cell, argument = parse_move(stamp)
         if changed in turned.neighbours(cell) and turned != board:
@@ -257,7 +259,8 @@ def test_metric():
 
 
 def test_every_word_is_one_token_of_the_vocabulary():
-    task = load_task("glyphs", boards=8, test_boards=4, base_boards=8, size=5, test_lengths=[16, 16], latent_size=3)
+    settings = {"size": 5, "test_lengths": [16, 16], "latent_size": 3, "weights": dict.fromkeys(KINDS, 1)}
+    task = load_task("glyphs", boards=8, test_boards=4, base_boards=8, **settings)
     forms = ["trace", "answer", "text", "text_equal", "pads"]
     check_vocabulary(task, [("train", "base"), *(("train", form) for form in forms), ("test", "text")])
 
@@ -269,6 +272,7 @@ def test_refusals():
         ({"side": 1}, "side 2 to 5.*got size 4, side 1"),
         ({"touch": -0.1}, "touch is a share, got size 4, side 3, touch -0.1"),
         ({"size": 1, "touch": 1}, "one tile has no neighbours.*got {'swap': 0.15"),
+        ({"size": 1, "touch": 1, "weights": {"print": 1}}, "keep to turn and flip in weights.*got {'print': 1}"),
         ({"size": 1, "weights": {"turn": 1}}, "one tile has no neighbours.*and 0.6"),
         ({"lengths": [5, 4]}, r"lengths must be a fewest and a most.*\[5, 4\]"),
         (
