@@ -13,9 +13,10 @@ from ilvr.data.images import open_image
 from ilvr.tasks import load_task
 
 
+FEW = {"boards": 1, "test_boards": 1, "lengths": (3, 3)}
 SETTINGS = {
-    "shifts": {"boards": 1, "test_boards": 1, "lengths": (3, 3)},
-    "glyphs": {"boards": 1, "test_boards": 1, "lengths": (3, 3)},
+    "shifts": FEW,
+    "glyphs": {**FEW, "size": 3, "touch": 1.0, "weights": {"swap": 1, "turn": 1, "print": 1}, "seed": 9},
     "frozen_lake": {"maps": {4: 1}, "test_maps": {4: 1}},
 }
 SIDE, GAP, LINE = 176, 12, 22  # pixels
