@@ -51,8 +51,8 @@ class Glyphs(Task):
         lengths (`tuple[int, int]`, *optional*, defaults to `(4, 8)`): fewest and most moves of a training sample.
         test_lengths (`tuple[int, int]`, *optional*, defaults to `lengths`): and of a test.
         weights (`Mapping[str, float]`, *optional*, defaults to swap 0.15, turn 0.15, flip 0.15, stamp 0.55):
-            How often each kind of move is drawn; those left out never. At six moves they leave at most 53.5 % to
-            answers without serial work (4,000 episodes, seed 0, see `floors.py`).
+            How often each kind of move is drawn, `print` and `erase` among them; those left out never. At six moves
+            the defaults leave at most 53.5 % to answers without serial work (4,000 episodes, seed 0, see `floors.py`).
         touch (`float`, *optional*, defaults to 0.6): share of moves of the followed tile; the others are of one next
             to it.
         state_of (`str`, *optional*, defaults to `"followed"`): whose pattern a step tells, by latents or in words: of
