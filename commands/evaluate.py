@@ -58,11 +58,10 @@ def evaluate(options: Namespace) -> dict[str, Any]:
 
 
 def _statistics(run: Run) -> dict[str, float]:
-    count = len(run.records)
     return {
-        "spans_per_sample": sum(record.spans for record in run.records) / count,
-        "without_span": sum(record.spans == 0 for record in run.records) / count,
-        "unfinished": sum(not record.finished for record in run.records) / count,
+        "spans_per_sample": run.spans_per_sample,
+        "without_span": run.without_span,
+        "unfinished": sum(not record.finished for record in run.records) / len(run.records),
     }
 
 

@@ -22,7 +22,7 @@ class ControlResult:
     Args:
         accuracy (`Rate`).
         answers_changed (`float`): share of samples whose answer, as the metric reads it, is another than the own one.
-        spans_per_sample (`float`).
+        spans_per_sample (`float`), without_span (`float`): mean number of spans, share of samples that have none.
         difference (`Difference`): accuracy of the own answers less this one.
         p_value (`float`): McNemar's exact test of it.
         p_adjusted (`float`): the same after Holm's adjustment over the controls of this model.
@@ -31,6 +31,7 @@ class ControlResult:
     accuracy: Rate
     answers_changed: float
     spans_per_sample: float
+    without_span: float
     difference: Difference
     p_value: float
     p_adjusted: float

@@ -41,7 +41,8 @@ def compare(questions: Questions, runs: Mapping[str, Run]) -> dict[str, ControlR
         name: ControlResult(
             Rate.of(sum(runs[name].right), len(questions)),
             sum(a != record.parsed for a, record in zip(parsed, runs[name].records)) / len(questions),
-            sum(record.spans for record in runs[name].records) / len(questions),
+            runs[name].spans_per_sample,
+            runs[name].without_span,
             paired_difference(own.right, runs[name].right),
             p_values[name],
             adjusted[name],
@@ -181,20 +182,19 @@ def summarize(
         donors ([`DonorRun`], *optional*): of [`follow_donors`].
         content (`LatentContent`, *optional*): of [`measure_content`].
     """
-    own, count = runs[OWN], len(questions)
+    own = runs[OWN]
     results = compare(questions, runs)
-    accuracy = Rate.of(sum(own.right), count)
-    without = sum(record.spans == 0 for record in own.records) / count
+    accuracy = Rate.of(sum(own.right), len(questions))
     following = None if donors is None else DonorFollowing.of(donors)
     return ModelAudit(
         name,
         accuracy,
-        sum(record.spans for record in own.records) / count,
-        without,
+        own.spans_per_sample,
+        own.without_span,
         results,
         content or LatentContent(mean_norm(own.latents or [])),
         following,
-        judge(accuracy, without, results, following),
+        judge(accuracy, own.without_span, results, following),
     )
 
 

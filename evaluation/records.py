@@ -71,6 +71,15 @@ class Run:
     def answers(self) -> list[str]:
         return [record.answer for record in self.records]
 
+    @property
+    def spans_per_sample(self) -> float:
+        return sum(record.spans for record in self.records) / len(self.records)
+
+    @property
+    def without_span(self) -> float:
+        """The share of samples whose answer has no latent span."""
+        return sum(record.spans == 0 for record in self.records) / len(self.records)
+
 
 class Evaluator:
     """Asks one model a set of questions, as it is or under controls.

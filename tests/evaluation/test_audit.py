@@ -1,11 +1,14 @@
 """The audit: its numbers by hand, its verdict rule by rule, the page, and a run over two checkpoints."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import CHROMIUM, Browser
+from helpers import make_image
 from peft import LoraConfig, get_peft_model
 
 from ilvr.evaluation import CONTROLS, Questions, audit, auditing
@@ -13,7 +16,7 @@ from ilvr.evaluation.audit_page import write_page
 from ilvr.evaluation.audit_results import Audit, ControlResult, DonorFollowing, LatentContent, ModelAudit
 from ilvr.evaluation.auditing import compare, measure_content
 from ilvr.evaluation.checkpoints import score_table
-from ilvr.evaluation.probes import Rate
+from ilvr.evaluation.probes import Probe, Rate
 from ilvr.evaluation.records import Record, Run
 from ilvr.evaluation.statistics import Difference
 from ilvr.evaluation.verdict import judge
@@ -34,6 +37,7 @@ def test_controls_beside_the_own_answers():
     found = compare(questions, {"own": own, "zeros": zeros, "no_spans": same})
     assert found["zeros"].accuracy == Rate.of(0, 8) and found["zeros"].difference.value == 0.75
     assert found["zeros"].answers_changed == 7 / 8 and found["zeros"].spans_per_sample == 2
+    assert found["zeros"].without_span == 0 and found["no_spans"].without_span == 1
     assert found["zeros"].p_value == 2 / 64 and found["zeros"].p_adjusted == 4 / 64 and not found["zeros"].falls
     assert found["no_spans"].difference == (0, 0, 0) and found["no_spans"].answers_changed == 0
 
@@ -62,7 +66,7 @@ def test_the_ceiling_of_the_probe():
 
 
 def control(value, low, high, p, accuracy=0.5):
-    return ControlResult(Rate.of(int(100 * accuracy), 100), 0.5, 1.0, Difference(value, low, high), p, p)
+    return ControlResult(Rate.of(int(100 * accuracy), 100), 0.5, 1.0, 0.0, Difference(value, low, high), p, p)
 
 
 FALLS, STAYS = control(0.8, 0.7, 0.9, 1e-9), control(0.01, -0.02, 0.04, 1.0)
@@ -154,6 +158,31 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert not page.open and "<script" not in text and "url(" not in text
     assert all(link.startswith(("data:", "#")) for link in page.found) and "another sample&#39;s" in text
     assert "90.0 % (82.6 – 94.5)" in text and "80.0 (70.0 to 90.0)" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_the_page_in_a_browser(tmp_path):
+    make_image("red").save(tmp_path / "latents.png")
+    picture = "data:image/png;base64," + base64.b64encode((tmp_path / "latents.png").read_bytes()).decode()
+    probe = Probe(Rate.of(8, 9), 0.2, 9, 30)
+    content = LatentContent(2.0, 1.0, Rate.of(5, 9), [Rate.of(2, 3)] * 3, 9.0, probe, probe)
+    following = DonorFollowing(Rate.of(9, 10), Rate.of(1, 10))
+    controls = {"another_sample": FALLS, "zeros": STAYS}
+    verdict = judge(Rate.of(90, 100), 0.0, controls, following)
+    models = [ModelAudit(n, Rate.of(90, 100), 2.0, 0.0, controls, content, following, verdict) for n in ("one", "two")]
+    write_page(Audit("Shifts", "boxed_exact_match", 100, models), [picture, None], tmp_path / "audit.html")
+    url = (tmp_path / "audit.html").as_uri()
+    with Browser() as browser:
+        browser.call("Page.navigate", url=url)
+        browser.wait("document.readyState == 'complete' && document.querySelector('section')")
+        assert browser.run("document.querySelectorAll('section').length") == 2
+        assert browser.run("document.querySelector('section img').naturalWidth") == 32
+        assert "Its latents are used." in browser.run("document.body.innerText")
+        bars = "[...document.querySelectorAll('svg rect')].map(bar => bar.getBoundingClientRect().width)"
+        assert all(width > 0 for width in browser.run(bars))
+        browser.resize(390, 844)
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        assert not browser.complaints and all(request.startswith((url, "data:")) for request in browser.requests)
 
 
 @pytest.fixture
