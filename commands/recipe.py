@@ -44,6 +44,10 @@ class Recipe:
     evaluation: dict = field(
         default_factory=dict, metadata={"help": "batch_size, controls (questions), max_new_tokens, …"}
     )
+    swap_gap: dict = field(
+        default_factory=dict,
+        metadata={"help": "SwapGapCallback in the stages: every (steps), num_samples; none: not measured"},
+    )
     lora: dict = field(default_factory=dict, metadata={"help": "LoraConfig of the adapter; none: all weights train"})
     resume: bool = field(default=False, metadata={"help": "go on where an earlier run of this recipe stopped"})
     seed: int = field(default=0, metadata={"help": "of weights, task, held-out samples and the order of the data"})

@@ -22,7 +22,7 @@ from transformers import TrainerState
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.data import load_conversations
-from ilvr.evaluation import evaluate_checkpoints
+from ilvr.evaluation import Questions, SwapGapCallback, evaluate_checkpoints
 from ilvr.hub_cards import ILVRModelCard
 from ilvr.tasks import Task, load_task
 from ilvr.tasks.small_qwen import build_small_qwen
@@ -156,6 +156,11 @@ def run_recipe(recipe: Recipe) -> None:
     """
     phases = phases_of(recipe)
     own, task = load_data(recipe)
+    if recipe.swap_gap and (task is None or "every" not in recipe.swap_gap):
+        raise ValueError(
+            "swap_gap asks test questions after every so many steps. Give it `every` and the recipe a test, or leave it "
+            "out."
+        )
     if recipe.backbone is None and recipe.model is None and PartialState().is_main_process:
         torch.manual_seed(recipe.seed)
         build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)
@@ -178,6 +183,10 @@ def run_recipe(recipe: Recipe) -> None:
                 data = task.dataset("train", FORMS[phase])
                 settings = {"helper_question": task.helper_question, **settings}
             trainer = make_trainer(settings, data, model, processor, lora=recipe.lora)
+        if recipe.swap_gap and FORMS[phase] == "trace":
+            asked = {name: value for name, value in recipe.evaluation.items() if name != "controls"}
+            questions = Questions.of_task(task)
+            trainer.add_callback(SwapGapCallback(trainer, questions, **{**asked, **recipe.swap_gap}))
         cards[phase] = train(phase, trainer, settings, recipe)
     if not PartialState().is_main_process:
         return  # without a barrier, which an evaluation may well outlast

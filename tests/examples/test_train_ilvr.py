@@ -76,6 +76,7 @@ def test_the_recipe_of_make_train_and_rewards_after_it(tmp_path, capfd):
         "small_backbone": {**shifts["small_backbone"], "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32},
         "task_settings": {**shifts["task_settings"], **settings},
         "evaluation": {**shifts["evaluation"], "batch_size": 3, "controls": 3},
+        "swap_gap": {"every": 2, "num_samples": 2},
         **{phase: {**shifts[phase], "max_steps": 2, "lr_scheduler_kwargs": {}} for phase in phases},
         "grpo": {
             "rewards": ["accuracy", "format", "span"],
@@ -97,8 +98,11 @@ def test_the_recipe_of_make_train_and_rewards_after_it(tmp_path, capfd):
     config = json.loads((run / "stage1" / "config.json").read_text())
     base = json.loads((run / "base" / "config.json").read_text())
     assert config["latent_head"] == "rescale" and config["latent_norm"] != base["latent_norm"]  # measured by stage 1
-    log = json.loads((run / "grpo" / "trainer_state.json").read_text())["log_history"][0]
-    assert {"rewards/accuracy/mean", "rewards/format_reward/mean", "rewards/opens_span/mean"} <= set(log)
+    states = {phase: json.loads((run / phase / "trainer_state.json").read_text()) for phase in (*phases, "grpo")}
+    logs = {phase: state["log_history"] for phase, state in states.items()}
+    assert {"rewards/accuracy/mean", "rewards/format_reward/mean", "rewards/opens_span/mean"} <= set(logs["grpo"][1])
+    gaps = {phase: [line["step"] for line in lines if "eval_swap_gap" in line] for phase, lines in logs.items()}
+    assert gaps == {"base": [], "answer_only": [], "text": [], "stage1": [0, 2], "stage2": [0, 2], "grpo": [0]}
     rewarded, stage2 = ((run / phase / "model.safetensors").read_bytes() for phase in ("grpo", "stage2"))
     assert rewarded == stage2  # it goes on from there, here at a rate of 0
     assert "GRPO" in (run / "grpo" / "README.md").read_text()
@@ -173,6 +177,22 @@ def test_wrong_rewards_are_refused_before_the_first_phase(tmp_path, monkeypatch,
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises((ValueError, TypeError), match=message):
         train.run_recipe(parse(tmp_path / "tiny.yaml"))
+
+
+@pytest.mark.parametrize("settings", [{"every": 10}, {"num_samples": 8}])
+def test_a_swap_gap_that_cannot_be_measured_is_refused(tmp_path, settings):
+    """Without a test, and without a number of steps."""
+    make_image("red").save(tmp_path / "board.png")
+    make_image("red").save(tmp_path / "step.png")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = parse(
+        RECIPES / "qwen2_5_vl_7b.yaml",
+        *("--output_dir", str(tmp_path / "run"), "--dataset", str(tmp_path / "train.jsonl")),
+        *("--test_size", "0" if "every" in settings else "1"),
+    )
+    recipe.swap_gap, recipe.training["bf16"] = settings, False
+    with pytest.raises(ValueError, match="Give it `every` and the recipe a test"):
+        train.run_recipe(recipe)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
