@@ -158,8 +158,8 @@ def run_recipe(recipe: Recipe) -> None:
     own, task = load_data(recipe)
     if recipe.swap_gap and (task is None or "every" not in recipe.swap_gap):
         raise ValueError(
-            "swap_gap asks test questions after every so many steps. Give it `every` and the recipe a test, or leave it "
-            "out."
+            "swap_gap asks test questions after every so many steps. Give it `every` and the recipe a test, or leave "
+            "it out."
         )
     if recipe.backbone is None and recipe.model is None and PartialState().is_main_process:
         torch.manual_seed(recipe.seed)
@@ -183,7 +183,7 @@ def run_recipe(recipe: Recipe) -> None:
                 data = task.dataset("train", FORMS[phase])
                 settings = {"helper_question": task.helper_question, **settings}
             trainer = make_trainer(settings, data, model, processor, lora=recipe.lora)
-        if recipe.swap_gap and FORMS[phase] == "trace":
+        if recipe.swap_gap and task is not None and FORMS[phase] == "trace":
             asked = {name: value for name, value in recipe.evaluation.items() if name != "controls"}
             questions = Questions.of_task(task)
             trainer.add_callback(SwapGapCallback(trainer, questions, **{**asked, **recipe.swap_gap}))

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ilvr.trainer import ILVRTrainer
+from ilvr.trainer import ILVRGRPOTrainer, ILVRTrainer
 from ilvr.trainer.running.sharding import gathered, is_zero3
 
 from .questions import Questions
@@ -14,12 +14,16 @@ from .records import Evaluator
 
 
 def evaluator_of(
-    trainer: ILVRTrainer, questions: Questions | Dataset, num_samples: int, batch_size: int, **generate_kwargs: Any
+    trainer: ILVRTrainer | ILVRGRPOTrainer,
+    questions: Questions | Dataset,
+    num_samples: int,
+    batch_size: int,
+    **generate_kwargs: Any,
 ) -> Evaluator:
     """Asks the model of a trainer some held-out questions.
 
     Args:
-        trainer ([`ILVRTrainer`]).
+        trainer ([`ILVRTrainer`] or [`ILVRGRPOTrainer`]).
         questions ([`Questions`] or `Dataset`): a data set with `messages`, `images` and `answer` is one of boxed
             answers.
         num_samples (`int`): at most so many are asked, evenly spread.
@@ -41,7 +45,7 @@ def evaluator_of(
 
 
 @contextmanager
-def evaluating(trainer: ILVRTrainer) -> Generator[None]:
+def evaluating(trainer: ILVRTrainer | ILVRGRPOTrainer) -> Generator[None]:
     """The trainer's model as evaluations run it; also what the trainer logs then is logged as of an evaluation."""
     model: Any = trainer.model
     training = model.training

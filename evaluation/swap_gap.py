@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ilvr.trainer import ILVRTrainer
+from ilvr.trainer import ILVRGRPOTrainer, ILVRTrainer
 
 from .controls import run_controls
 from .in_training import evaluating, evaluator_of
@@ -47,7 +47,7 @@ class SwapGapCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: ILVRTrainer,
+        trainer: ILVRTrainer | ILVRGRPOTrainer,
         questions: Questions | Dataset,
         *,
         num_samples: int = 64,

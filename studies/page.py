@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from ilvr.evaluation.intervals import wilson_interval
-from ilvr.evaluation.statistics import Difference, mcnemar, paired_difference
+from ilvr.evaluation.statistics import Difference, holm, mcnemar, paired_difference
 
 from .study import Study
 
@@ -26,6 +26,26 @@ CONTROLS = {
     "zeros": "zeros",
     "donor": "follows donor",
 }
+ALIGNED = {  # in the log of arms that align latents: heading, and by what it is multiplied
+    "followed_share": ("targets hold the followed patch, %", 100),
+    "retrieval_at_1": ("latent nearest to its target, %", 100),
+    "latent_cosine": ("cosine with it", 1),
+    "latent_norm_ratio": ("norm over its norm", 1),
+}
+INGREDIENTS = {  # by study: what an arm goes without, that arm, and the one that has it
+    "shifts": [
+        ("targets that hold what is followed", "query", "stage1"),
+        ("words that name the step", "unnamed", "stage1"),
+        ("something fed back", "pads", "stage1"),
+        ("its own latents in stage 1", "given_latents", "stage1"),
+        ("latents as long as features", "identity", "stage1"),
+        ("both of these", "identity_given", "stage1"),
+        ("a slow stage 2", "stage2_fast", "stage2"),
+        ("one latent after the other", "stage2_parallel", "stage2"),
+        ("a gradient through the latents", "stage2_constant", "stage2"),
+    ]
+}
+NEEDED = 10  # points, by which an arm falls without an ingredient that it needs
 HELD_OUT = {"held out, %": "eval_accuracy", "… with another sample's latents, %": "eval_swapped_accuracy"}
 Found = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, what `studies.run` measured
 Rule = tuple[str, list[str], Callable[[], tuple[str, bool]]]  # what has to hold, the arms it needs, value and verdict
@@ -64,6 +84,10 @@ def report(study: Study, found: Found) -> str:
     parts = [f"Commits {commits}, on {devices}.", "### Accuracy", accuracy_table(study, found)]
     parts += ["### With other latents", controls_table(study, found)]
     parts += ["### By difficulty", groups_table(found)]
+    if any("retrieval_at_1" in entry for result in every for entry in result["log"]):
+        parts += ["### What latents are aligned with", alignment_table(found)]
+    if study.name in INGREDIENTS:
+        parts += ["### Without one ingredient", ingredients_table(INGREDIENTS[study.name], found)]
     if any("held_out" in result for result in every):
         parts += ["### While they were trained", curves_table(found)]
     if study.name in RULES:
@@ -124,6 +148,35 @@ def groups_table(found: Found) -> str:
     rows = [["arm", *(group.split()[0] for group in order)]]
     for name, own in by_arm.items():
         rows.append([name, *(f"{rate(''.join(own[group])):.0f}" if group in own else "" for group in order)])
+    return table(rows)
+
+
+def alignment_table(found: Found) -> str:
+    """What arms that align latents logged last, the mean over seeds."""
+    rows = [["arm", *(heading for heading, _ in ALIGNED.values())]]
+    for name, runs in found.items():
+        logs = [result["log"][-1] for result in runs.values() if result["log"]]
+        if logs and all("retrieval_at_1" in log for log in logs):
+            means = {key: scale * mean(log[key] for log in logs) for key, (_, scale) in ALIGNED.items()}
+            rows.append([name, *(f"{value:.{1 if ALIGNED[key][1] > 1 else 2}f}" for key, value in means.items())])
+    return table(rows)
+
+
+def ingredients_table(ingredients: list[tuple[str, str, str]], found: Found) -> str:
+    """What arms lose without an ingredient, on *trained*, over the boards of the seeds that both arms have."""
+    rows = [["without", "arm", "seeds", "less than", "by, points", "McNemar p, Holm", "needed"]]
+    known = {less: (what, whole) for what, less, whole in ingredients if less in found and whole in found}
+    answers = {
+        less: [as_bools(pooled_answers(found, *arms)) for arms in ((whole, less), (less, whole))]
+        for less, (_, whole) in known.items()
+    }
+    p_values = holm({less: mcnemar(*pair) for less, pair in answers.items()})
+    for less, (what, whole) in known.items():
+        gap = paired_difference(*answers[less])
+        needed = "yes" if 100 * gap.low >= NEEDED else "no" if 100 * gap.high < NEEDED else "open"
+        seeds = ", ".join(str(seed) for seed in sorted(set(found[less]) & set(found[whole])))
+        p_value = f"{p_values[less]:.1g}" if p_values[less] else "< 1e-300"
+        rows.append([what, less, seeds, whole, points(gap), p_value, needed])
     return table(rows)
 
 
@@ -208,7 +261,17 @@ def rules_of_glyphs(found: Found) -> list[Rule]:
     ]
 
 
-RULES = {"shifts": rules_of_shifts, "glyphs": rules_of_glyphs}
+def rules_of_frozen_lake(found: Found) -> list[Rule]:
+    """The bar of FrozenLake: plans that end on the goal, over the four sizes."""
+
+    def plans() -> tuple[str, bool]:
+        share = rate(pooled_answers(found, "stage2"))
+        return f"{share:.1f} %", share >= 90
+
+    return [("plans of stage 2 end on the goal in 90 %", ["stage2"], plans)]
+
+
+RULES = {"shifts": rules_of_shifts, "glyphs": rules_of_glyphs, "frozen_lake": rules_of_frozen_lake}
 
 
 def pooled_answers(

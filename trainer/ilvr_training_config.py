@@ -52,10 +52,10 @@ class ILVRTrainingConfig(SFTConfig):
             `metadata` has `helper_questions`.
         max_helper_answer_tokens (`int`, *optional*, defaults to 8):
             At which its answers are cut.
-        unselected_slots (`str`, *optional*, defaults to `"pad"`):
-            What stage 1 puts into the latents behind the selected ones: the embedding of `<|latent_pad|>` (paper), or
-            with `"repeat"` the last target again. Inference feeds a latent into each; which is better differs by the
-            seed (ours, two seeds, docs/evidence.md).
+        unselected_slots (`str`, *optional*, defaults to `"repeat"`):
+            What stage 1 puts into the latents behind the selected ones: the last target again (ours), so that each
+            slot holds a latent, as in inference; or with `"pad"` the embedding of `<|latent_pad|>` (paper), which
+            inference never feeds.
         selection_top_p (`float`, *optional*, defaults to 0.9):
             Probability mass that the selected features hold.
         selection_temperature (`float`, *optional*, defaults to 0.05):
@@ -165,8 +165,8 @@ class ILVRTrainingConfig(SFTConfig):
     )
     max_helper_answer_tokens: int = field(default=8, metadata={"help": "At which its answers are cut."})
     unselected_slots: str = field(
-        default="pad",
-        metadata={"help": "What is in the latents behind the selected ones.", "choices": ["pad", "repeat"]},
+        default="repeat",
+        metadata={"help": "What is in the latents behind the selected ones.", "choices": ["repeat", "pad"]},
     )
     selection_top_p: float = field(default=0.9, metadata={"help": "Probability mass of the selected features."})
     selection_temperature: float = field(default=0.05, metadata={"help": "Softmax temperature over the cosines."})

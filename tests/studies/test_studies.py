@@ -156,7 +156,7 @@ def results(arm, seed, right, controls=None):
     trained = {"right": right, "groups": ["4 shifts"] * len(right), "tokens": 1, "spans": 1}
     longer = {"right": "1", "groups": ["12 shifts"], "tokens": 1, "spans": 1}
     tests = {"trained": {**trained, **({"controls": controls} if controls else {})}, "longer": longer}
-    return {"arm": arm, "seed": seed, "commit": "abc", "device": "CPU", "seconds": 1, "tests": tests}
+    return {"arm": arm, "seed": seed, "commit": "abc", "device": "CPU", "seconds": 1, "log": [], "tests": tests}
 
 
 def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
@@ -186,6 +186,51 @@ def test_the_bar_of_glyphs_is_judged_at_six_moves_too():
     every, six = page.rules_table(page.rules_of_glyphs(found), found).splitlines()[2:]
     assert "+52.0 (" in every and "yes, so far" in every
     assert "+24.0 (" in six and "**no**" in six  # the lower end counts
+
+
+def test_what_an_arm_loses_without_an_ingredient():
+    """Over the boards of the seeds that both arms have; ten points are what the interval has to clear."""
+    found = {
+        "stage1": {0: results("stage1", 0, "1" * 1000), 1: results("stage1", 1, "1" * 1000)},
+        "query": {0: results("query", 0, "1" * 200 + "0" * 800), 2: results("query", 2, "1" * 1000)},
+        "identity": {0: results("identity", 0, "1" * 900 + "0" * 100)},
+        "given_latents": {1: results("given_latents", 1, "1" * 999 + "0")},
+    }
+    lines = page.ingredients_table(page.INGREDIENTS["shifts"], found).splitlines()[2:]
+    cells = {line.split(" | ")[1]: line.strip("| ").split(" | ") for line in lines}
+    assert list(cells) == ["query", "given_latents", "identity"]
+    assert cells["query"][2:4] == ["0", "stage1"] and cells["query"][4].startswith("+80.0 (+77")
+    assert [cells[arm][-1] for arm in cells] == ["yes", "no", "open"]
+    assert cells["given_latents"][4].startswith("+0.1") and cells["given_latents"][5] == "1"
+    assert float(cells["identity"][5]) < 1e-20  # two times 2 ** -99 or less
+
+
+def test_what_arms_logged_of_their_alignment_last():
+    logs = [{"followed_share": 0.2}, {"followed_share": 0.5, "retrieval_at_1": 0.75, "latent_cosine": 0.5}]
+    logs[1]["latent_norm_ratio"] = 1.5
+    found = {seed: {**results("stage1", seed, "1"), "log": logs} for seed in (0, 1)}
+    found[1]["log"] = [{**logs[1], "followed_share": 1.0}]
+    text = {0: {**results("text", 0, "1"), "log": [{"loss": 1.0}]}}
+    assert page.alignment_table({"stage1": found, "text": text}).splitlines()[2:] == [
+        "| stage1 | 75.0 | 75.0 | 0.50 | 1.50 |"
+    ]
+
+
+def test_the_bar_of_frozen_lake():
+    for right, verdict in (("1" * 9 + "0", "yes"), ("1" * 8 + "00", "**no**")):
+        found = {"stage2": {0: results("stage2", 0, right)}}
+        assert verdict in page.rules_table(page.rules_of_frozen_lake(found), found).splitlines()[2]
+
+
+@pytest.mark.parametrize("name", ["shifts", "glyphs", "frozen_lake"])
+def test_the_page_says_what_the_results_say(name):
+    """The tables that are committed are those of the results that are."""
+    study = Study.load(Path(f"studies/{name}.yaml"))
+    found = page.load(study)
+    assert f"<!-- results: {name} -->\n{page.report(study, found)}\n<!-- /results" in page.PAGE.read_text()
+    for arm, runs in found.items():
+        for seed, result in runs.items():
+            assert result["definition"] == json.loads(json.dumps(study.definition_of(arm, seed))), (arm, seed)
 
 
 def test_arms_come_after_those_that_they_continue(tmp_path):

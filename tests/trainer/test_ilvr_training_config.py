@@ -31,7 +31,7 @@ VARIED = {
     "selection_schedule": "once",
     "helper_question": "Plan a path",
     "max_helper_answer_tokens": 1,
-    "unselected_slots": "repeat",
+    "unselected_slots": "pad",
     "ce_weight": 0.5,
     "alignment_weight": 2.0,
     "alignment_anneal": True,

@@ -92,6 +92,7 @@ def test_the_oracle_selects_what_is_followed(model, processor, tmp_path, cache_i
     """One target a span, the patch of the row's metadata, or the group of two that it is in."""
     samples = follow([*SAMPLES[:3], make_sample(["Right"])])
     settings = {"selection_method": "followed", "cache_images": cache_images, "max_candidates": max_candidates}
+    settings["unselected_slots"] = "pad"
     trainer = make_trainer(model, processor, tmp_path, samples, max_steps=1, **settings)
     selection = trainer.select_targets(trainer._batch_of(list(trainer.train_dataset)))
     expected = [[3], [3, 1], [3, 1, 0], []]
@@ -179,7 +180,7 @@ def test_what_was_selected_once_is_found_again(model, processor, tmp_path, monke
         return len(calls)
 
     assert start(copy.deepcopy(model)) and not start(copy.deepcopy(model)) and not start(model, learning_rate=1.0)
-    assert start(copy.deepcopy(model), selection_top_p=0.3) and start(copy.deepcopy(model), unselected_slots="repeat")
+    assert start(copy.deepcopy(model), selection_top_p=0.3) and start(copy.deepcopy(model), unselected_slots="pad")
     assert start(copy.deepcopy(model), selection_method="change")
     assert start(perturb(model, scale=1e-3))
 
