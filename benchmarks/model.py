@@ -101,6 +101,7 @@ def make_trainer(
         "gradient_accumulation_steps": 1,
         "activation_checkpointing": False,
         "alignment_noise": 0.0,
+        "unselected_slots": "pad",  # the published algorithm's
         "bf16": torch.cuda.is_available(),  # for the teacher, whose weights are fp32
         "report_to": "none",
         "save_strategy": "no",

@@ -49,7 +49,7 @@ class ILVRTrainingConfig(SFTConfig):
             that it starts from.
         helper_question (`str`, *optional*, defaults to `None`):
             What `"answer_gradient"`, `"answer_occlusion"` and `"attention"` ask of each helper image, unless a row's
-            `metadata` has `helper_questions`.
+            `metadata` has `helper_questions`. With neither, what the trace says after the picture is the answer.
         max_helper_answer_tokens (`int`, *optional*, defaults to 8):
             At which its answers are cut.
         unselected_slots (`str`, *optional*, defaults to `"repeat"`):
@@ -161,7 +161,7 @@ class ILVRTrainingConfig(SFTConfig):
         default="step", metadata={"help": "When targets are selected.", "choices": ["step", "once"]}
     )
     helper_question: str | None = field(
-        default=None, metadata={"help": "What answer_… and attention ask of each helper image."}
+        default=None, metadata={"help": "What answer_… and attention ask of each helper image; without, the trace."}
     )
     max_helper_answer_tokens: int = field(default=8, metadata={"help": "At which its answers are cut."})
     unselected_slots: str = field(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ilvr import ILVRForConditionalGeneration
 
@@ -39,8 +40,9 @@ class AnswerRelevance(ABC):
     """
     Relevance of each patch of a picture to a question about it (ours).
 
-    The model is shown the picture and asked the question; it answers greedily. What a patch has to do with that answer
-    is what a subclass measures. No label is read.
+    The model is shown the picture and asked the question; it answers greedily, or the answer is given: the words that
+    follow the picture in a trace. What a patch has to do with that answer is what a subclass measures. No label is
+    read.
 
     Args:
         model ([`ILVRForConditionalGeneration`]): sees and answers; its weights need no gradient.
@@ -57,7 +59,8 @@ class AnswerRelevance(ABC):
 
         Args:
             helper_inputs (`dict`): image tensors of R pictures, with `prompt_ids` and `prompt_mask` (R, T), the
-                questions, padded on the left, each about its picture.
+                questions, padded on the left, each about its picture; `answer_ids` and `answer_mask` (R, A), padded
+                on the right, are answers that are given, none where the mask is false throughout.
             outputs: the vision tower's output for them, see [`~inputs.image_features.image_outputs`].
 
         Returns:
@@ -68,7 +71,8 @@ class AnswerRelevance(ABC):
         deepstack = getattr(outputs, "deepstack_features", None) or ()
         layers = [flatten_features([layer] if isinstance(layer, torch.Tensor) else layer) for layer in deepstack]
         layers = [layer.split(lengths) for layer in layers]
-        at_once = self._at_once(helper_inputs["prompt_ids"].shape[1] + self.max_new_tokens)
+        given = helper_inputs["answer_ids"].shape[1] if "answer_ids" in helper_inputs else 0
+        at_once = self._at_once(helper_inputs["prompt_ids"].shape[1] + max(given, self.max_new_tokens))
         found: list[torch.Tensor] = []
         for start in range(0, len(lengths), at_once):
             part = slice(start, start + at_once)
@@ -105,31 +109,40 @@ class AnswerRelevance(ABC):
             }
 
         flat, flat_layers = torch.cat(features).detach(), [torch.cat(layer) for layer in layers]
-        with torch.no_grad():
-            ids = self.model.generate(
-                **inputs(prompts, flat, flat_layers),
-                do_sample=False,
-                max_new_tokens=self.max_new_tokens,
-                suppress_tokens=[config.latent_start_token_id],
-            )
+        none = prompts.new_zeros(len(prompts), 0)
+        answers, said = tensors.get("answer_ids", none), tensors.get("answer_mask", none).bool()
+        is_given = said.any(1, keepdim=True)
+        if not is_given.all():
+            with torch.no_grad():
+                ids = self.model.generate(
+                    **inputs(prompts, flat, flat_layers),
+                    do_sample=False,
+                    max_new_tokens=self.max_new_tokens,
+                    suppress_tokens=[config.latent_start_token_id],
+                )
+            generated = ids[:, prompts.shape[1] :]
+            answers, said = _where(is_given, answers, generated), _where(is_given, said, self._is_said(generated))
+        ids = torch.cat([prompts, answers], dim=1)
 
         def forward(pictures: torch.Tensor, layers: list[torch.Tensor], *rows: Any, **options: Any) -> Any:
             return self.model(**inputs(ids, pictures, layers, *rows), use_cache=False, **options)
 
         lengths = [len(picture) for picture in features]
-        asked = AskedPictures(forward, flat, flat_layers, lengths, ids, prompts.shape[1])
+        asked = AskedPictures(forward, flat, flat_layers, lengths, ids, said)
         return list(self._scores(asked).split(lengths))
 
-    def _log_probs(self, logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        """The log-probability (R,) of each answer (R, A), which the logits (R, T, V) end with."""
-        log_probs = logits[:, -answer.shape[1] - 1 : -1].float().log_softmax(-1)
-        return (log_probs.gather(-1, answer.unsqueeze(-1)).squeeze(-1) * self._is_said(answer)).sum(1)
-
     def _is_said(self, answer: torch.Tensor) -> torch.Tensor:
-        """Where an answer (R, A) has a token: up to its first end, included."""
+        """Where an answer (R, A) of the model has a token: up to its first end, included."""
         ends = self.model.generation_config.eos_token_id
         ended = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device)).int()
         return (ended.cumsum(1) - ended) == 0
+
+
+def _where(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The rows (R, 1) of one tensor (R, A) and else those of another (R, A'), filled up with zeros on the right."""
+    width = max(one.shape[1], other.shape[1])
+    one, other = (pad(tensor, (0, width - tensor.shape[1])) for tensor in (one, other))
+    return torch.where(rows, one, other)
 
 
 @dataclass
@@ -142,8 +155,8 @@ class AskedPictures:
         features (`torch.Tensor` of shape `(N of all, D)`): of the pictures.
         layers (`list[torch.Tensor]`): the same of each deepstack layer, where a backbone has any.
         lengths (`list[int]`): N of each picture.
-        ids (`torch.LongTensor` of shape `(R, T)`): questions and answers.
-        start (`int`): the column at which answers start.
+        ids (`torch.LongTensor` of shape `(R, T)`): questions and answers, which are the last A columns.
+        said (`torch.BoolTensor` of shape `(R, A)`): where answers have a token.
     """
 
     forward: Callable
@@ -151,7 +164,14 @@ class AskedPictures:
     layers: list[torch.Tensor]
     lengths: list[int]
     ids: torch.Tensor
-    start: int
+    said: torch.Tensor
+
+    def log_probs(self, logits: torch.Tensor, rows: Any = slice(None)) -> torch.Tensor:
+        """The log-probability (rows,) of the answers of some rows, of which these are the logits (rows, T, V)."""
+        said = self.said[rows]
+        log_probs = logits[:, -said.shape[1] - 1 : -1].float().log_softmax(-1)
+        answers = self.ids[rows][:, -said.shape[1] :].unsqueeze(-1)
+        return (log_probs.gather(-1, answers).squeeze(-1) * said).sum(1)
 
 
 class AnswerGradient(AnswerRelevance):
@@ -169,8 +189,7 @@ class AnswerGradient(AnswerRelevance):
         with torch.enable_grad():
             outputs = asked.forward(asked.features.requires_grad_(), asked.layers, output_hidden_states=True)
             states = outputs.hidden_states[1:]  # after each layer, (R, T, D)
-            said = self._log_probs(outputs.logits, asked.ids[:, asked.start :])
-            gradients = torch.autograd.grad(said.sum(), states)
+            gradients = torch.autograd.grad(asked.log_probs(outputs.logits).sum(), states)
         norms = torch.stack([gradient.float().norm(dim=-1) for gradient in gradients]).sum(0)  # (R, T)
         return norms[asked.ids == self.model.config.image_token_id]
 
@@ -196,10 +215,10 @@ class AnswerOcclusion(AnswerGradient):
             own / own.sum().clamp(min=torch.finfo(own.dtype).tiny) for own in gradients.cpu().split(asked.lengths)
         ]
         order = [own.argsort(descending=True).tolist() for own in scores]
-        values, answers = [asked.features.detach(), *asked.layers], asked.ids[:, asked.start :]
+        values = [asked.features.detach(), *asked.layers]
         hiding, found, wanted = HiddenPatches(values, asked.lengths), [0] * len(order), self.model.config.latent_size
         with torch.no_grad():
-            whole = self._log_probs(asked.forward(values[0], values[1:]).logits, answers)
+            whole = asked.log_probs(asked.forward(values[0], values[1:]).logits)
             for rank in range(HIDDEN_PATCHES):
                 rows = [i for i, own in enumerate(order) if 1 < len(own) > rank and found[i] < wanted]
                 if not rows:
@@ -207,7 +226,7 @@ class AnswerOcclusion(AnswerGradient):
                 hidden = [order[i][rank] for i in rows]
                 without = hiding.without(rows, hidden)
                 logits = asked.forward(without[0], without[1:], rows).logits
-                lost = whole[rows] - self._log_probs(logits, answers[rows])
+                lost = whole[rows] - asked.log_probs(logits, rows)
                 for i, j, loss in zip(rows, hidden, lost.clamp(min=0).tolist()):
                     scores[i][j] += loss / TOLD_LOSS
                     found[i] += loss >= LARGE_LOSS
@@ -266,9 +285,9 @@ class AnswerAttention(AnswerRelevance):
     def _scores(self, asked: AskedPictures) -> torch.Tensor:
         outputs = asked.forward(asked.features, asked.layers, output_attentions=True)
         layers = outputs.attentions  # (R, heads, T, T) each
-        says = [layer[:, :, asked.start - 1 : -1].float().mean(1) for layer in layers]  # (R, A, T): t says t + 1
-        paid = masked_mean(torch.stack(says).mean(0), self._is_said(asked.ids[:, asked.start :]))  # (R, T)
-        return paid[asked.ids == self.model.config.image_token_id]
+        says = slice(-asked.said.shape[1] - 1, -1)  # A columns, of which t says t + 1
+        paid = torch.stack([layer[:, :, says].float().mean(1) for layer in layers]).mean(0)  # (R, A, T)
+        return masked_mean(paid, asked.said)[asked.ids == self.model.config.image_token_id]
 
 
 RELEVANCES = {"answer_gradient": AnswerGradient, "answer_occlusion": AnswerOcclusion, "attention": AnswerAttention}

@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 
 from .ilvr_training_config import ILVRTrainingConfig
 from .inputs.data_collator import LatentBatch
-from .inputs.data_preparation import FOLLOWED_PATCHES, HELPER_PROMPTS, TARGET_INDICES, side_by_side
+from .inputs.data_preparation import FOLLOWED_PATCHES, HELPER_ANSWERS, HELPER_PROMPTS, TARGET_INDICES, side_by_side
 from .inputs.image_features import flatten_features, image_outputs
 from .selection import (
     SELECTORS,
@@ -67,7 +67,8 @@ def select_beforehand(
         new_fingerprint=Hasher.hash([dataset._fingerprint, key]),  # hashing the function would pickle the model
         desc="Selecting targets",
     )
-    return side_by_side(dataset.remove_columns([c for c in (HELPER_PROMPTS,) if c in dataset.column_names]), added)
+    asked = [column for column in (HELPER_PROMPTS, HELPER_ANSWERS) if column in dataset.column_names]
+    return side_by_side(dataset.remove_columns(asked), added)
 
 
 class TargetSelector:

@@ -28,6 +28,7 @@ def start(model, processor, folder, stage):
         [SAMPLE],
         stage=stage,
         per_device_train_batch_size=1,
+        unselected_slots="pad",
         **{f"selection_{name}": value for name, value in SELECTION.items()},
     )
     if stage == 1:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import make_dataset, make_sample, make_trainer
+from helpers import make_dataset, make_image, make_sample, make_trainer
 
-from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, add_helper_prompts, prepare_dataset
+from ilvr.trainer.inputs.data_preparation import HELPER_ANSWERS, HELPER_PROMPTS, add_helper_prompts, prepare_dataset
 from ilvr.trainer.inputs.image_features import image_outputs, without_pixels
-from ilvr.trainer.relevance import AnswerAttention, AnswerGradient, AnswerOcclusion
+from ilvr.trainer.relevance import AnswerAttention, AnswerGradient, AnswerOcclusion, AskedPictures
 
 
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -20,13 +20,13 @@ def asked(model, processor):
     model = model.double().eval()
     rows = make_dataset([{**SAMPLE, "metadata": '{"helper_questions": ["Where is the goal?", "Right"]}'}])
     rows = add_helper_prompts(prepare_dataset(rows, processor, stage=1), processor, question=None)
-    return model, helper_inputs(rows[0], processor)
+    return model, helper_inputs(rows, processor)
 
 
-def helper_inputs(row, processor):
+def helper_inputs(rows, processor):
     from ilvr.trainer.inputs.data_collator import LatentBatch, LatentDataCollator
 
-    inputs = LatentBatch.of(LatentDataCollator(processor)([row])).helper_inputs
+    inputs = LatentBatch.of(LatentDataCollator(processor)(list(rows))).helper_inputs
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
@@ -48,13 +48,14 @@ def ask_about(model, processor, image, question):
     )
 
 
-def gradient_norms(model, inputs, max_new_tokens):
-    """Norms (N,) of the gradient of the log-probability of the model's own answer at each patch's states, summed over
-    the layers: the gradient of what is added to the output of each layer."""
+def gradient_norms(model, inputs, max_new_tokens=0, answer=None):
+    """Norms (N,) of the gradient of the log-probability of the model's own answer, or of one that is given (1, A), at
+    each patch's states, summed over the layers: the gradient of what is added to the output of each layer."""
     prompt = inputs["input_ids"].shape[1]
     pixels = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     no_spans = {"suppress_tokens": [model.config.latent_start_token_id]}
-    answer = model.generate(**pixels, do_sample=False, max_new_tokens=max_new_tokens, **no_spans)[:, prompt:]
+    if answer is None:
+        answer = model.generate(**pixels, do_sample=False, max_new_tokens=max_new_tokens, **no_spans)[:, prompt:]
     ids = torch.cat([pixels["input_ids"], answer], dim=1)
     for name in ("attention_mask", "mm_token_type_ids"):
         if name in pixels:
@@ -162,11 +163,11 @@ def test_relevance_is_what_the_answer_loses_when_a_patch_is_hidden(asked, proces
 def test_the_search_is_over_when_a_span_is_full(asked, monkeypatch, bound, latent_size, hidden):
     """Patches that lose enough, as many as a span has latents; else all patches are hidden."""
     model, inputs = asked
-    outputs, rows, log_probs = image_outputs(inputs, model.model.core), [], AnswerOcclusion._log_probs
+    outputs, rows, log_probs = image_outputs(inputs, model.model.core), [], AskedPictures.log_probs
     gradients, whole = (kind(model, 3)(inputs, outputs) for kind in (AnswerGradient, AnswerOcclusion))
     monkeypatch.setattr("ilvr.trainer.relevance.LARGE_LOSS", bound)
     monkeypatch.setattr(model.config, "latent_size", latent_size)
-    monkeypatch.setattr(AnswerOcclusion, "_log_probs", lambda *a: rows.append(len(a[2])) or log_probs(*a))
+    monkeypatch.setattr(AskedPictures, "log_probs", lambda *a: rows.append(len(a[1])) or log_probs(*a))
     found = AnswerOcclusion(model, 3)(inputs, outputs)
     hidden = hidden or len(found[0])
     assert rows == [2, 2] + [2] * hidden  # the gradient's, that of whole pictures, and of hidden patches
@@ -228,15 +229,71 @@ def test_the_teacher_is_asked_and_not_the_student(model, processor, tmp_path):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_each_helper_image_needs_a_question(processor):
+def test_each_helper_image_needs_a_question_or_words_behind_it(processor):
     rows = prepare_dataset(make_dataset([SAMPLE, make_sample(["Up"])]), processor, stage=1)
-    with pytest.raises(ValueError, match=r"Sample 0 of the train data has 2 helper images and .*\[None, None\]. Set"):
-        add_helper_prompts(rows, processor, question=None)
     asked = add_helper_prompts(rows, processor, question="Where?")
-    assert [len(row) for row in asked[HELPER_PROMPTS]] == [2, 0]
+    assert [len(row) for row in asked[HELPER_PROMPTS]] == [2, 0] and asked[HELPER_ANSWERS][:] == [[[], []], []]
     few = rows.add_column("metadata", ['{"helper_questions": ["Where?"]}', "{}"])
     with pytest.raises(ValueError, match=r"Sample 0 .* 2 helper images and the questions \['Where\?'\]"):
         add_helper_prompts(few, processor, question="Where?")
+    silent = make_dataset([make_sample(["Up"]), make_sample(["Right", "Down", ""])])
+    with pytest.raises(ValueError, match="Sample 1 .*: nothing is said after helper image 1.* Set helper_question"):
+        add_helper_prompts(prepare_dataset(silent, processor, stage=1), processor, question=None)
+
+
+def turn(role, *parts):
+    return {"role": role, "content": [{"type": "text", "text": p} if p else {"type": "image"} for p in parts]}
+
+
+def test_the_trace_asks_where_nobody_names_a_question(model, processor):
+    """The picture opens the user's turn, alone; words of the turn before it belong to the question, those behind it
+    are the answer. The last helper image is asked about in the second turn; a turn behind its answer says nothing."""
+    turns = [turn("user", "Plan", None), turn("assistant", "Right", None, "Down", None, "Up")]
+    turns += [turn("user", "Left", None), turn("assistant", "Up", None, "Down"), turn("user", "Up")]
+    sizes = [32, 64, 32, 32, 64]
+    rows = make_dataset([{"messages": turns, "images": [make_image("red", size) for size in sizes]}])
+    (row,) = add_helper_prompts(prepare_dataset(rows, processor, stage=1), processor, question=None)
+    prompts, tokenizer = row[HELPER_PROMPTS], processor.tokenizer
+    said = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row[HELPER_ANSWERS]]
+    assert said == ["DownUp", "Up", "Down"]
+    plan = [ask_about(model, processor, make_image("red", size), "Plan")["input_ids"][0].tolist() for size in (64, 32)]
+    for ids, asked, words in zip(prompts, plan, ("Right", "RightDown")):
+        assert ids[: len(asked)] == asked and tokenizer.decode(ids[len(asked) :]).strip() == words
+    last = tokenizer.decode(prompts[2], skip_special_tokens=True)
+    assert last.index("Plan") < last.index("RightDownUp") < last.index("Left") < last.rindex("Up")
+    pictures = [ids.count(model.config.image_token_id) for ids in (*prompts, *plan)]
+    assert pictures[0] == pictures[2] == pictures[3] and pictures[1] == pictures[4] > 0
+    assert not set(processor.latent_token_ids) & {token for ids in prompts for token in ids}
+
+
+def test_relevance_to_the_rest_of_the_trace(model, processor):
+    """Answers of different lengths, beside a row with questions, which the model answers itself; each as alone."""
+    model = model.double().eval()
+    metadata = ["{}", '{"helper_questions": ["Where is the goal?", "Right"]}']
+    samples = make_dataset([{**SAMPLE, "metadata": own} for own in metadata])
+    rows = add_helper_prompts(prepare_dataset(samples, processor, stage=1), processor, question=None)
+    inputs = helper_inputs(rows, processor)
+    first, second, *others = inputs["answer_mask"].sum(1).tolist()
+    assert first > second > 0 and others == [0, 0]
+    found = AnswerGradient(model, 2)(inputs, image_outputs(inputs, model.model.core))
+    for i, image in enumerate(SAMPLE["images"][1:]):
+        alone, answer = ask_about(model, processor, image, "Plan"), torch.tensor([rows[0][HELPER_ANSWERS][i]])
+        more = len(rows[0][HELPER_PROMPTS][i]) - alone["input_ids"].shape[1]  # words before the picture
+        alone["input_ids"] = torch.tensor([rows[0][HELPER_PROMPTS][i]])
+        for name in {"attention_mask", "mm_token_type_ids"} & set(alone):
+            added = alone[name].new_full((1, more), name == "attention_mask")
+            alone[name] = torch.cat([alone[name], added], dim=1)
+        expected = gradient_norms(model, alone, answer=answer).float()
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-6)
+        expected = gradient_norms(model, ask_about(model, processor, image, QUESTIONS[i]), 2).float()
+        torch.testing.assert_close(found[2 + i], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"selection_schedule": "once"}, {"cache_images": True}])
+def test_training_without_a_question(model, processor, tmp_path, settings):
+    trainer = make_trainer(model, processor, tmp_path, selection_method="answer_occlusion", max_steps=1, **settings)
+    trainer.train()
+    assert 1 <= trainer.state.log_history[0]["selected_per_span"] <= 3
 
 
 def test_prompts_of_helper_images_are_those_of_the_processor(model, processor):

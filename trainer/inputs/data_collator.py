@@ -17,6 +17,7 @@ from ilvr.data.images import open_image
 
 from .data_preparation import (
     FOLLOWED_PATCHES,
+    HELPER_ANSWERS,
     HELPER_IMAGES,
     HELPER_PROMPTS,
     TARGET_INDICES,
@@ -76,9 +77,11 @@ class LatentDataCollator(DataCollatorMixin):
         if the backbone has it, the processor's tensors of the user images with `image_lengths` (images,), the tokens
         of each, and `images_per_row` (B,); and, prefixed by `helper_`, the tensors of the helper images. Features in
         place of pixels if they are cached. Where the samples have them: `helper_prompt_ids` and `helper_prompt_mask`
-        (helper images, T), what is asked of each, padded on the left; `helper_followed_patches` (helper images,), the
-        patch of each that is followed, -1 if unknown; `target_indices` (B, S, K), the patches that were selected, -1
-        for none; `tells_answer` (B,), whether the last span tells the answer. [`LatentBatch`] takes it apart.
+        (helper images, T), what is asked of each, padded on the left; `helper_answer_ids` and `helper_answer_mask`
+        (helper images, A), the answers that a trace gives, padded on the right; `helper_followed_patches` (helper
+        images,), the patch of each that is followed, -1 if unknown; `target_indices` (B, S, K), the patches that were
+        selected, -1 for none; `tells_answer` (B,), whether the last span tells the answer. [`LatentBatch`] takes it
+        apart.
     """
 
     processor: ILVRProcessor
@@ -127,14 +130,14 @@ class LatentDataCollator(DataCollatorMixin):
         return batch
 
     def _helper_prompts(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        prompts = [torch.tensor(prompt) for row in examples for prompt in row.get(HELPER_PROMPTS) or ()]
-        if not prompts:
-            return {}
-        pad = partial(pad_sequence, batch_first=True, padding_side="left")
-        return {
-            "prompt_ids": pad(prompts, padding_value=self.processor.tokenizer.pad_token_id),
-            "prompt_mask": pad([torch.ones_like(prompt) for prompt in prompts]),
-        }
+        found: dict[str, torch.Tensor] = {}
+        for name, column, side in (("prompt", HELPER_PROMPTS, "left"), ("answer", HELPER_ANSWERS, "right")):
+            rows = [torch.tensor(ids, dtype=torch.long) for row in examples for ids in row.get(column) or ()]
+            if any(map(len, rows)):
+                pad = partial(pad_sequence, batch_first=True, padding_side=side)
+                found[f"{name}_ids"] = pad(rows, padding_value=self.processor.tokenizer.pad_token_id)
+                found[f"{name}_mask"] = pad([torch.ones_like(row) for row in rows])
+        return found
 
     def _target_indices(self, examples: list[dict]) -> torch.Tensor:
         size = self.processor.latent_size

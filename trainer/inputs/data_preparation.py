@@ -26,8 +26,9 @@ from ..selection import SELECTORS
 logger = logging.get_logger(__name__)
 
 USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"
-# What some ways of selecting targets add: the ids of what is asked of each helper image, and what was selected.
-HELPER_PROMPTS, TARGET_INDICES = "helper_prompts", "target_indices"
+# What some ways of selecting targets add: the ids of what is asked of each helper image and, where the trace answers,
+# of the answer; and what was selected.
+HELPER_PROMPTS, HELPER_ANSWERS, TARGET_INDICES = "helper_prompts", "helper_answers", "target_indices"
 # Of tasks that know it: the patch of each helper image that its latents should hold.
 FOLLOWED_PATCHES = "followed_patches"
 # Of tasks that know it: whether the words after the last span follow from its latents alone.
@@ -45,7 +46,8 @@ FEATURES = Features(
         HELPER_IMAGES: List(Value("int32")),
     }
 )
-PREPARED_COLUMNS = (*FEATURES, HELPER_PROMPTS, TARGET_INDICES, FOLLOWED_PATCHES, TELLS_ANSWER, "images")
+HELPER_COLUMNS = (HELPER_PROMPTS, HELPER_ANSWERS, TARGET_INDICES, FOLLOWED_PATCHES)
+PREPARED_COLUMNS = (*FEATURES, *HELPER_COLUMNS, TELLS_ANSWER, "images")
 
 
 def prepare_for(
@@ -176,6 +178,9 @@ def add_helper_prompts(
 ) -> Dataset | IterableDataset:
     """Adds what is asked of each helper image, as ids: the picture, the question, and the start of an answer.
 
+    Where nobody names a question, the trace itself asks and answers: the conversation up to the picture, which opens
+    the user's turn in place of the user's own, and the words that follow it in the assistant's turn.
+
     Args:
         dataset: of [`prepare_dataset`].
         processor ([`ILVRProcessor`]).
@@ -184,7 +189,8 @@ def add_helper_prompts(
         name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as there.
 
     Raises:
-        ValueError: if there is no question for a helper image, or the images are cached already.
+        ValueError: if a row has not as many questions as helper images, if there is no question and nothing is said
+            after a picture, or the images are cached already.
     """
     columns = _columns(dataset, name)
     if HELPER_PROMPTS in columns or TARGET_INDICES in columns:
@@ -198,13 +204,14 @@ def add_helper_prompts(
     arguments = {"tokenizer": SizeTokenizer(processor), "question": question, "name": name}
     if isinstance(dataset, IterableDataset):
         return dataset.map(_helper_prompts, with_indices=True, fn_kwargs=arguments)
-    read = [column for column in ("images", HELPER_IMAGES, "metadata") if column in columns]
+    known = ("messages", "prompt", "completion", "images", HELPER_IMAGES, "metadata")
+    read = [column for column in known if column in columns]
     added = dataset.select_columns(read).map(
         _helper_prompts,
         with_indices=True,
         fn_kwargs=arguments,
         remove_columns=read,
-        features=Features({HELPER_PROMPTS: List(List(Value("int32")))}),
+        features=Features(dict.fromkeys((HELPER_PROMPTS, HELPER_ANSWERS), List(List(Value("int32"))))),
         num_proc=num_proc,
         new_fingerprint=Hasher.hash([dataset._fingerprint, processor_key(processor), question]),
         desc=f"Asking of {name} helper images",
@@ -216,16 +223,60 @@ def _helper_prompts(
     sample: dict, index: int, *, tokenizer: SizeTokenizer, question: str | None, name: str
 ) -> dict[str, list]:
     own = json.loads(sample.get("metadata") or "{}").get("helper_questions")
-    helpers = sample[HELPER_IMAGES]
+    helpers, where = sample[HELPER_IMAGES], f"Sample {index} of the {name} data"
+    sizes = [image_size(sample["images"][i], f"{where}, image {i}") for i in helpers]
+    if own is None and question is None:
+        try:
+            asked = [_rest_of_trace(checked_messages(sample), i, sizes, tokenizer) for i in range(len(sizes))]
+        except SampleError as error:
+            raise ValueError(f"{where}: {error}") from error
+        said = [tokenizer.whole.tokenizer.decode(answer, skip_special_tokens=True) for _, answer in asked]
+        if silent := [number for number, words in enumerate(said) if not words.strip()]:
+            raise ValueError(
+                f"{where}: nothing is said after helper image {silent[0]}, so the trace does not tell what it is for. "
+                "Set helper_question, give each row's metadata a list `helper_questions`, or end it with words."
+            )
+        return {HELPER_PROMPTS: [prompt for prompt, _ in asked], HELPER_ANSWERS: [answer for _, answer in asked]}
     questions = [question] * len(helpers) if own is None else own
     if len(questions) != len(helpers) or not all(isinstance(text, str) and text for text in questions):
         raise ValueError(
-            f"Sample {index} of the {name} data has {len(helpers)} helper images and the questions {questions!r:.80}. "
-            "Set helper_question, or give each row's metadata a list `helper_questions`, one text for each image."
+            f"{where} has {len(helpers)} helper images and the questions {questions!r:.80}. Set helper_question, or "
+            "give each row's metadata a list `helper_questions`, one text for each image."
         )
     ask = _asker(tokenizer)
-    sizes = [image_size(sample["images"][i], f"Sample {index} of the {name} data, image {i}") for i in helpers]
-    return {HELPER_PROMPTS: [ask(text, size) for text, size in zip(questions, sizes)]}
+    return {
+        HELPER_PROMPTS: [ask(text, size) for text, size in zip(questions, sizes)],
+        HELPER_ANSWERS: [[] for _ in helpers],
+    }
+
+
+def _rest_of_trace(
+    messages: list[dict], number: int, sizes: list[tuple[int, int]], tokenizer: SizeTokenizer
+) -> tuple[list[int], list[int]]:
+    """The ids of a conversation up to its helper image `number`, which is the only picture and opens the user's last
+    turn before it, and of the words behind it in the assistant's turn; both without spans."""
+    turns: list[dict[str, Any]] = []
+    seen = 0  # helper images
+    for message in messages:
+        content, is_own = message["content"], message["role"] == "assistant"
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kept = [part for part in parts if is_own or part["type"] == "text"]
+        turns.append({"role": message["role"], "content": kept})
+        seen += sum(part["type"] == "image" for part in kept)
+        if seen > number:
+            break
+    asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+    if asked is None:
+        raise SampleError("messages", "no user's turn comes before a helper image. Add one, or set helper_question.")
+    before = sum(part["type"] == "image" for turn in turns[:asked] for part in turn["content"])
+    turns[asked]["content"].insert(0, {"type": "image"})
+    ids, own = tokenizer(turns, [*sizes[:before], sizes[number], *sizes[before:seen]])
+    latent_ids = tokenizer.whole.latent_token_ids
+    start, end = ([i for i, token in enumerate(ids) if token == mark][number] for mark in latent_ids[::2])
+    turn_end = next((i for i in range(end, len(ids)) if not own[i]), len(ids))
+    parts = ids[:start], ids[end + 1 : turn_end]
+    prompt, answer = ([token for token in part if token not in latent_ids] for part in parts)
+    return prompt, answer
 
 
 @cache

@@ -21,6 +21,7 @@ from ilvr.data.images import open_image
 from .data_preparation import (
     FEATURES,
     FOLLOWED_PATCHES,
+    HELPER_ANSWERS,
     HELPER_IMAGES,
     HELPER_PROMPTS,
     LEVEL,
@@ -116,7 +117,7 @@ def cache_images(
             encoded[column] = [pack(row, dtype) for row in _features(tensors, encode_batch)]
         return encoded
 
-    kept = (*FEATURES, HELPER_PROMPTS, FOLLOWED_PATCHES, TELLS_ANSWER, LEVEL)
+    kept = (*FEATURES, HELPER_PROMPTS, HELPER_ANSWERS, FOLLOWED_PATCHES, TELLS_ANSWER, LEVEL)
     kept = [name for name in kept if name not in (USER_IMAGES, HELPER_IMAGES)]
     kept = [name for name in kept if name in dataset.column_names]
     binary = {USER_IMAGES: Value("binary"), HELPER_IMAGES: Value("binary")}
