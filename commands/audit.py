@@ -13,11 +13,15 @@ from .questions import controls_of, model_kwargs, questions_of
 
 def run(options: Namespace) -> int:
     """Writes `audit.json` and `audit.html` and prints the verdicts."""
+    if options.helper_question is not None and options.selection_method is None:
+        raise ValueError("--helper_question: is asked by a --selection_method, such as answer_gradient. Name one.")
+    named = {name: getattr(options, name) for name in ("selection_method", "helper_question")}
     found = audit(
         options.models,
         questions_of(options),
         output=options.output,
         controls=controls_of(options.controls),
+        selection={name: value for name, value in named.items() if value is not None},
         batch_size=options.batch_size,
         pictured=options.pictured,
         model_kwargs=model_kwargs(options),

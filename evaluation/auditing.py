@@ -17,7 +17,7 @@ from ilvr.trainer.target_selection import TargetSelector
 from .audit_page import picture_of, write_page
 from .audit_results import Audit, ControlResult, DonorFollowing, LatentContent, ModelAudit
 from .controls import CONTROLS, DonorRun, check_controls, follow_donors, run_controls
-from .helper_features import followed_targets, helper_features, selected_targets
+from .helper_features import followed_targets, helper_features, own_selector, selected_targets
 from .probes import Rate, linear_probe, mean_norm, nearest_patches
 from .questions import Questions
 from .records import OWN, Evaluator, Run
@@ -127,7 +127,8 @@ def audit_model(
         name (`str`): of the model.
         controls (`Sequence[str]`, *optional*): names among `CONTROLS`; all that the questions allow by default. The
             oracle needs helper images, and a task that names the followed patches, or a selector.
-        selector (`TargetSelector`, *optional*): says what the latents should hold, where the task does not.
+        selector (`TargetSelector`, *optional*): says what the latents should hold, in place of the task; see
+            [`~ilvr.evaluation.helper_features.own_selector`].
         seed (`int`, *optional*, defaults to 0): of noise.
 
     Raises:
@@ -158,7 +159,7 @@ def _expected(
     if selector is not None:
         embeddings: Any = evaluator.model.get_input_embeddings()
         pad = embeddings.weight[processor.latent_token_ids[1]].detach()
-        return selected_targets(selector, processor, questions.dataset, pad), None
+        return selected_targets(selector, processor, questions.dataset, pad)
     patches = [None if task is None else task.followed_patches(sample) for sample in questions.samples]
     if task is None or any(own is None for own in patches):
         return None, None
@@ -204,6 +205,7 @@ def audit(
     *,
     output: str | Path,
     controls: Sequence[str] | None = None,
+    selection: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     pictured: int = 3,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -217,6 +219,8 @@ def audit(
         questions ([`Questions`]).
         output (`str` or `Path`): a folder; records of each run go into `answers/` in it.
         controls (`Sequence[str]`, *optional*): see [`audit_model`].
+        selection (`dict`, *optional*): [`~ilvr.trainer.ILVRTrainingConfig`] settings, such as `selection_method`, by
+            which each model selects what its latents should hold, where no task knows it.
         batch_size (`int`, *optional*, defaults to 64): questions answered at once.
         pictured (`int`, *optional*, defaults to 3): samples that are pictured for each model.
         model_kwargs (`dict`, *optional*): of `from_pretrained`.
@@ -241,14 +245,15 @@ def audit(
     ```
     """
     folder = Path(output)
-    settings = {"batch_size": batch_size, "seed": seed, "generate": generate_kwargs}
+    settings = {"batch_size": batch_size, "seed": seed, "selection": selection, "generate": generate_kwargs}
     found = Audit(questions.name, questions.metric_name, len(questions), settings=settings)
     pictures: list[str | None] = []
     for number, path in enumerate(models):
         model, processor = load_checkpoint(path, **(model_kwargs or {}))
         answers = folder / "answers" / f"{number}-{Path(path).name}"
         evaluator = Evaluator(model, processor, questions, folder=answers, batch_size=batch_size, **generate_kwargs)
-        found.models.append(audit_model(evaluator, str(path), controls, seed=seed))
+        selector = own_selector(model, **selection) if selection else None
+        found.models.append(audit_model(evaluator, str(path), controls, selector=selector, seed=seed))
         pictures.append(picture_of(evaluator, pictured) if pictured else None)
     (folder / "audit.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     write_page(found, pictures, folder / "audit.html")

@@ -4,7 +4,7 @@ B batch, S spans, K latents a span, N image tokens, D hidden.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -13,10 +13,13 @@ from ilvr import ILVRForConditionalGeneration, ILVRProcessor
 from ilvr.data.conversations import image_roles
 from ilvr.data.images import open_image
 from ilvr.tasks import Task
+from ilvr.trainer import ILVRTrainingConfig
 from ilvr.trainer.inputs.data_collator import LatentBatch, LatentDataCollator
-from ilvr.trainer.inputs.data_preparation import prepare_dataset
+from ilvr.trainer.inputs.data_preparation import prepare_for
 from ilvr.trainer.inputs.image_features import flatten_features, image_outputs
 from ilvr.trainer.inputs.image_tensors import encode_helper_images
+from ilvr.trainer.relevance import RELEVANCES
+from ilvr.trainer.selection import SELECTORS
 from ilvr.trainer.target_selection import TargetSelector
 
 
@@ -93,6 +96,32 @@ def followed_targets(
     return targets
 
 
+def own_selector(model: ILVRForConditionalGeneration, **settings: Any) -> TargetSelector:
+    """Selects as stage 1 does, with the model as its own teacher.
+
+    Args:
+        model ([`ILVRForConditionalGeneration`]).
+        settings: of [`~ilvr.trainer.ILVRTrainingConfig`], such as `selection_method` and `helper_question`.
+    """
+    args = ILVRTrainingConfig("none", stage=1, bf16=False, report_to="none", **settings)
+    asks = SELECTORS[args.selection_method].asks_teacher
+    relevance = RELEVANCES[args.selection_method](model, args.max_helper_answer_tokens) if asks else None
+    return TargetSelector(model.config, args, teacher=model.model, core=model.model.core, relevance=relevance)
+
+
+class SelectedTargets(NamedTuple):
+    """What latents should hold by a selector.
+
+    Args:
+        targets (`list[torch.Tensor]`): for each sample (S, K, D).
+        patches (`list[list[int]]`, *optional*): for each sample the first patch of each helper image; unknown where
+            patches are averaged in groups.
+    """
+
+    targets: list[torch.Tensor]
+    patches: list[list[int]] | None
+
+
 @torch.no_grad()
 def selected_targets(
     selector: TargetSelector,
@@ -101,29 +130,36 @@ def selected_targets(
     pad_embedding: torch.Tensor,
     *,
     batch_size: int = 16,
-) -> list[torch.Tensor]:
+) -> SelectedTargets:
     """What the latents of each sample should hold by a selector, as stage 1 feeds it.
 
     Args:
-        selector ([`~ilvr.trainer.target_selection.TargetSelector`]): of the run that trained the model.
+        selector ([`~ilvr.trainer.target_selection.TargetSelector`]): of the run that trained the model, or
+            [`own_selector`].
         processor ([`ILVRProcessor`]).
         dataset (`Dataset`): with `messages` and `images`, among them helper images.
         pad_embedding (`torch.Tensor` of shape `(D,)`): stands in the places that nothing was selected for.
         batch_size (`int`, *optional*, defaults to 16): samples at once.
 
-    Returns:
-        `list[torch.Tensor]`: for each sample (S, K, D).
+    Raises:
+        ValueError: for samples that the selector cannot take, see [`~ilvr.trainer.inputs.data_preparation`].
     """
-    prepared = cast(Dataset, prepare_dataset(dataset, processor, stage=1, name="test"))
+    prepared = cast(Dataset, prepare_for(dataset, processor, selector.args, name="test"))
     collator = LatentDataCollator(processor)
     targets: list[torch.Tensor] = []
+    patches: list[list[int]] = []
+    grouped = not SELECTORS[selector.args.selection_method].keeps_candidates
     for start in range(0, len(prepared), batch_size):
         rows = [prepared[i] for i in range(start, min(start + batch_size, len(prepared)))]
-        batch = {name: tensor.to(pad_embedding.device) for name, tensor in collator(rows).items()}
-        selection = selector(LatentBatch.of(batch))
+        tensors = {name: tensor.to(pad_embedding.device) for name, tensor in collator(rows).items()}
+        batch = LatentBatch.of(tensors)
+        selection = selector(batch)
         if selection is None:
             targets += [pad_embedding.new_zeros(0, processor.latent_size, len(pad_embedding)).cpu() for _ in rows]
+            patches += [[] for _ in rows]
             continue
+        grouped |= bool((batch.helper_inputs["image_lengths"] > selector.args.max_candidates).any())
         filled = torch.where(selection.mask.unsqueeze(-1), selection.targets, pad_embedding.float())  # (B, S, K, D)
         targets += [own[: row["num_spans"]].cpu() for own, row in zip(filled, rows)]
-    return targets
+        patches += [own[: row["num_spans"]].tolist() for own, row in zip(selection.indices[..., 0], rows)]
+    return SelectedTargets(targets, None if grouped else patches)

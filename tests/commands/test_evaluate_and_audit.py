@@ -84,3 +84,9 @@ def test_one_line_for_what_is_wrong(checkpoint, backbone_dir, image_root, tmp_pa
             assert len(lines) == 1 and message in lines[0], (arguments, lines)
     assert main(["evaluate", checkpoint, *SHIFTS, *out, "--controls", "oracle"]) == 2
     assert "run by `ilvr audit`" in capsys.readouterr().err
+    for option, message in (
+        (["--helper_question", "Where?"], "asked by a --selection_method"),
+        (["--selection_method", "guess"], "`selection_method` must be one of"),
+    ):
+        assert main(["audit", checkpoint, *SHIFTS, *out, *option]) == 2
+        assert message in capsys.readouterr().err

@@ -209,15 +209,21 @@ def test_audit_of_two_checkpoints(checkpoints, processor, tmp_path):
     assert len(list((tmp_path / "out" / "answers" / "1-two").glob("*.jsonl"))) == len(CONTROLS) + 2  # own, and donors
 
 
-def test_audit_of_plain_questions(checkpoints, tmp_path):
-    """Without a task nothing says what latents should hold: no oracle, no probe; the rest is there."""
+def test_audit_of_plain_questions(checkpoints, processor, tmp_path):
+    """Without a task nothing says what latents should hold: no oracle, no probe; or the model selects it itself."""
     lake = Questions.of_task(load_task("frozen_lake", maps={3: 1}, test_maps={3: 2}))
     plain = Questions(lake.dataset, lake.references, "frozen_lake")
     (model,) = audit(checkpoints[:1], plain, output=tmp_path / "out", max_new_tokens=4, pictured=0).models
     assert list(model.controls) == [name for name in CONTROLS if name != "oracle"]
     assert model.donor_following is None and model.content.probe is None and model.verdict.word == "none"
+    oracle = {"controls": ["another_sample", "oracle"], "max_new_tokens": 30, "pictured": 0}
+    oracle["sequence_bias"] = [[[processor.latent_token_ids[0]], 6.0]]
     with pytest.raises(ValueError, match="Pass targets="):
-        audit(checkpoints[:1], plain, output=tmp_path / "o", controls=["another_sample", "oracle"], max_new_tokens=4)
+        audit(checkpoints[:1], plain, output=tmp_path / "o", **oracle)
+    selection = {"selection_method": "answer_gradient"}
+    (model,) = audit(checkpoints[:1], plain, output=tmp_path / "o", selection=selection, **oracle).models
+    assert list(model.controls) == ["another_sample", "oracle"] and model.content.retrieval_at_1.count > 0
+    assert json.loads((tmp_path / "o" / "audit.json").read_text())["settings"]["selection"] == selection
 
 
 def test_adapters_are_merged(model, processor, tmp_path, monkeypatch):

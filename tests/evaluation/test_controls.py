@@ -5,10 +5,8 @@ import torch
 
 from ilvr.evaluation import CONTROLS, Evaluator, Questions, controls, follow_donors, run_controls
 from ilvr.evaluation.controls import ControlInputs, replace_by
-from ilvr.evaluation.helper_features import followed_targets, helper_features, selected_targets
+from ilvr.evaluation.helper_features import followed_targets, helper_features, own_selector, selected_targets
 from ilvr.tasks import Task, load_task
-from ilvr.trainer import ILVRTrainingConfig
-from ilvr.trainer.target_selection import TargetSelector
 
 
 K, D = 2, 3
@@ -151,20 +149,20 @@ def test_latents_of_followed_patches(evaluator):
         followed_targets(questions.task, questions.samples, [[]] * 5, 3)
 
 
-def test_latents_of_a_selector(evaluator):
+@pytest.mark.parametrize("max_candidates", [256, 2])
+def test_latents_of_a_selector(evaluator, max_candidates):
     """As stage 1 feeds them: the patch of each helper image that the selector picks, and pads behind it."""
     questions, model, processor = evaluator.questions, evaluator.model, evaluator.processor
-    args = ILVRTrainingConfig(
-        "none", stage=1, selection_method="query_top_p", selection_top_p=0.01, bf16=False, use_cpu=True
-    )
-    selector = TargetSelector(model.config, args, teacher=model.model, core=model.model.core)
+    selector = own_selector(model, selection_top_p=0.01, unselected_slots="pad", max_candidates=max_candidates)
     pad = model.get_input_embeddings().weight[processor.latent_token_ids[1]].detach()
-    targets = selected_targets(selector, processor, questions.dataset, pad, batch_size=2)
+    targets, patches = selected_targets(selector, processor, questions.dataset, pad, batch_size=2)
+    assert (patches is None) == (max_candidates == 2)
     features = helper_features(model, processor, questions.dataset)
     assert [len(own) for own in targets] == [len(own) for own in features]
-    for own, pictures in zip(targets, features):
-        for latents, picture in zip(own, pictures):
-            assert (picture - latents[0]).abs().amax(-1).min() < 1e-4
+    for sample, (own, pictures) in enumerate(zip(targets, features)):
+        for span, (latents, picture) in enumerate(zip(own, pictures)):
+            if patches is not None:
+                torch.testing.assert_close(latents[0], picture[patches[sample][span]], rtol=0, atol=1e-4)
             assert torch.equal(latents[1:], pad.expand(2, -1))
 
 
