@@ -61,7 +61,8 @@ def cell_pixels(pixels: np.ndarray, row: int, column: int) -> bytes:
 
 @pytest.mark.skipif(not VSP_EXAMPLES.exists(), reason="the VSP examples are not part of the repository")
 def test_vsp_examples_have_our_pixels():
-    """Each board is read off the cells of its first picture; then every later picture is drawn from map and plan."""
+    """Each board is read off the cells of its first picture; then every later picture is drawn from map and plan, and
+    the plan leads where the example says."""
     legend = FrozenLakeMap(("SFG", "HFF", "FFF"))
     drawn = np.asarray(render_board(legend, (2, 2)))
     kinds = {cell_pixels(drawn, r, c): legend[r, c] for r in range(3) for c in range(3) if (r, c) != (2, 2)}
@@ -76,6 +77,8 @@ def test_vsp_examples_have_our_pixels():
         board = FrozenLakeMap(tuple(map("".join, letters)))
         plan = "".join(word.strip()[0] for word in re.search(r"Plan: (.*)", sample["text_input"])[1].split(","))
         assert np.array_equal(pixels, render_board(board))
+        outcome = {"G": "A", "H": "B"}.get(board[board.walk(plan)[-1]], "C")
+        assert sample["text_output"].endswith(f"\\boxed{{{outcome}}}.")
         for step, position in enumerate(board.walk(plan)[1:], 1):
             later = path.with_name(path.name.replace("step_0", f"step_{step}"))
             if later.exists():
