@@ -18,6 +18,7 @@ A model that answers more often than the largest has to do serial work on more t
 """
 
 import argparse
+import json
 import random
 from typing import NamedTuple
 
@@ -114,8 +115,11 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moves", type=int, nargs="+", default=[2, 4, 6, 8, 10])
+    settings = "size, side, weights and touch of the task, as JSON"
+    parser.add_argument("--task_settings", type=json.loads, default={}, help=settings)
     options = parser.parse_args()
-    columns = [measure_floors(number, episodes=options.episodes, seed=options.seed) for number in options.moves]
+    given = {"episodes": options.episodes, "seed": options.seed, **options.task_settings}
+    columns = [measure_floors(number, **given) for number in options.moves]
     print("| floor | " + " | ".join(f"{number} moves" for number in options.moves) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name in columns[0]:
