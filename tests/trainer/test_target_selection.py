@@ -240,13 +240,18 @@ def test_stage_1_feeds_what_generation_feeds(backbone_dir, processor, tmp_path, 
     torch.testing.assert_close(own.norm(dim=-1), norms.mean().expand(own.shape[:-1]), rtol=1e-3, atol=0)
 
 
-def test_latents_that_are_too_long_are_warned_of(model, processor, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("scale", "warned"), [(100, True), (1e-3, True), (None, False)])
+def test_latents_of_another_length_are_warned_of(model, processor, tmp_path, monkeypatch, scale, warned):
     messages, model.config.latent_head = [], "identity"
     monkeypatch.setattr("ilvr.trainer.ilvr_trainer.logger.warning_once", messages.append)
-    with torch.no_grad():
-        model.model.core.get_decoder().norm.weight.mul_(100)
+    if scale is None:
+        model.config.latent_head = "rescale"
+    else:
+        with torch.no_grad():
+            model.model.core.get_decoder().norm.weight.mul_(scale)
     trainer = make_trainer(model, processor, tmp_path, max_steps=1)
     trainer.train()
     ratio = trainer.state.log_history[0]["latent_norm_ratio"]
-    assert ratio > 10
-    assert any(f"{ratio:.3g} times as long" in message and "latent_head='rescale'" in message for message in messages)
+    assert (0.5 < ratio < 2) != warned
+    remedies = [message for message in messages if f"{ratio:.3g} times as long" in message]
+    assert bool(remedies) == warned and all("latent_head='rescale'" in message for message in remedies)
