@@ -1,7 +1,7 @@
-"""What each way of selecting targets finds, and what it costs: the last table of docs/training.md's section on it.
+"""What each way of selecting targets finds, and what it costs: the table in docs/training.md.
 
-    python -m studies.run studies/shifts.yaml --arms base --seeds 0
-    python -m benchmarks.selection runs/studies/shifts/0/base
+    python -m studies.run studies/shifts.yaml --arms base --seeds 1 2
+    python -m benchmarks.selection runs/studies/shifts/2/base
 
 Boards of shifts, of which it is known which patch is followed. Sides alternate, a batch of 8 traces at a time.
 """
@@ -21,16 +21,11 @@ from .measure import alternate, prepare
 
 
 QUESTION = "Where is the player?"
+ASKED = ("attention", "answer_gradient", "answer_occlusion")
 SIDES = {
-    "nothing selected": {"selection_method": "uniform"},
-    "`query_top_p`": {"selection_method": "query_top_p"},
-    "`change`": {"selection_method": "change"},
-    "`attention`": {"selection_method": "attention", "helper_question": QUESTION},
-    "`answer_gradient`": {"selection_method": "answer_gradient", "helper_question": QUESTION},
-    "`answer_occlusion`": {"selection_method": "answer_occlusion", "helper_question": QUESTION},
-    "`attention`, the rest of the trace": {"selection_method": "attention"},
-    "`answer_gradient`, the rest of the trace": {"selection_method": "answer_gradient"},
-    "`answer_occlusion`, the rest of the trace": {"selection_method": "answer_occlusion"},
+    **{method: {"selection_method": method} for method in ("uniform", "query_top_p", "change")},
+    **{method: {"selection_method": method, "helper_question": QUESTION} for method in ASKED},
+    **{f"{method}, no question": {"selection_method": method} for method in ASKED[:2]},
 }
 BATCH = 8
 
@@ -54,11 +49,11 @@ def main():
             rows = [trainer.train_dataset[i] for i in range(len(dataset))]
             batches = [trainer._batch_of(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
             shares[name] = torch.cat([trainer.select_targets(batch).holds_followed() for batch in batches])
-            sides[name] = lambda trainer=trainer, batch=batches[0]: trainer.select_targets(batch) and None
+            sides[name] = lambda trainer=trainer, batch=batches[0]: trainer.select_targets(batch)
     pictures = len(batches[0].helper_inputs["image_lengths"])
     times = alternate(sides, rounds=options.rounds)
     print(f"{len(shares[name])} pictures; ms a picture, of batches of {BATCH} traces with {pictures}\n")
-    print("| `selection_method` | holds the player's patch, % | ms a picture |\n|---|---|---|")
+    print("| selection_method | holds the player's patch, % | ms a picture |\n|---|---|---|")
     for name, found in shares.items():
         cost = 1000 * statistics.median(times[name]["seconds"]) / pictures
         print(f"| {name} | {100 * found.float().mean():.1f} | {cost:.2f} |")

@@ -169,9 +169,9 @@ def _audit(parser: Parser) -> None:
     parser.add("models", nargs="+", help="folders or Hub ids of ILVR checkpoints")
     _add_questions(parser)
     parser.add("--controls", default="all", help=CONTROLS_HELP)
-    selection = "how each model selects, in helper images, what its latents should hold; by default the task says it"
-    parser.add("--selection_method", help=f"{selection}: answer_gradient, query_top_p, …")
-    parser.add("--helper_question", help="what answer_… asks of a helper image; without, what the trace says after it")
+    selection = "what latents should hold is what each model selects, not what the task says"
+    parser.add("--selection_method", help=f"{selection}: by answer_gradient, query_top_p, …")
+    parser.add("--helper_question", help="asked of helper images then; by default the task's, or the trace answers")
     parser.add("--pictured", type=int, default=3, help="samples pictured for each model")
 
 

@@ -138,6 +138,8 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
             raise ValueError(f"`{control}` continues `base`, as stage 1 does. Add `base`, or leave it out.")
         steps = recipe.stage1["max_steps"] + recipe.stage2["max_steps"]
         phases[control] = {"max_steps": steps, **phases[control]}
+    if recipe.swap_gap:
+        _check_swap_gap(recipe.swap_gap)
     rewarded = _rewarded_phase(recipe) if recipe.grpo else {}
     for name, own in phases.items():
         folder, stage = f"{recipe.output_dir}/{name}", 1 if name == "stage1" else 2
@@ -147,6 +149,16 @@ def phases_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} (with `training`): {error}") from error
     return phases | rewarded
+
+
+def _check_swap_gap(settings: dict[str, Any]) -> None:
+    least = {"every": 1, "num_samples": 2, "batch_size": 1}
+    wrong = [name for name, value in settings.items() if type(value) is not int or value < least.get(name, value + 1)]
+    if wrong or "every" not in settings:
+        raise ValueError(
+            f"swap_gap takes `every` (steps, at least 1), `num_samples` (at least 2) and `batch_size`, got {settings}."
+            " Correct it, or leave it out."
+        )
 
 
 def _check_model(recipe: Recipe) -> None:

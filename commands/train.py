@@ -156,11 +156,8 @@ def run_recipe(recipe: Recipe) -> None:
     """
     phases = phases_of(recipe)
     own, task = load_data(recipe)
-    if recipe.swap_gap and (task is None or "every" not in recipe.swap_gap):
-        raise ValueError(
-            "swap_gap asks test questions after every so many steps. Give it `every` and the recipe a test, or leave "
-            "it out."
-        )
+    if recipe.swap_gap and (task is None or len(task.dataset("test")) < 2):
+        raise ValueError("swap_gap asks two test questions or more, which there are not. Add some, or leave it out.")
     if recipe.backbone is None and recipe.model is None and PartialState().is_main_process:
         torch.manual_seed(recipe.seed)
         build_small_qwen(f"{recipe.output_dir}/backbone", task.texts(), **recipe.small_backbone)

@@ -55,7 +55,7 @@ def measure_content(
     latents: Sequence[torch.Tensor],
     pictures: Sequence[Sequence[torch.Tensor]],
     targets: Sequence[torch.Tensor] | None = None,
-    patches: Sequence[Sequence[int]] | None = None,
+    patches: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> LatentContent:
     """What latents hold.
 
@@ -63,21 +63,25 @@ def measure_content(
         latents (`Sequence[torch.Tensor]`): of each sample, (spans, K, D).
         pictures (`Sequence[Sequence[torch.Tensor]]`): features (N, D) of its helper images.
         targets (`Sequence[torch.Tensor]`, *optional*): what its latents should hold, (S, K, D).
-        patches (`Sequence[Sequence[int]]`, *optional*): the patch of each helper image that they should hold.
+        patches (`Sequence[Sequence[Sequence[int]]]`, *optional*): for each helper image the K patches that they should
+            hold, -1 for none; the probe reads the first.
     """
     seen = targets if targets is not None else [picture for own in pictures for picture in own]
     norms = mean_norm(latents), mean_norm(seen)
     spans = [] if patches is None else _known_spans(latents, pictures, patches)
     if not spans:
         return LatentContent(*norms)
-    found = [(nearest_patches(span.latents, span.picture) == span.patch).tolist() for span in spans]
     hits_of: dict[int, list[bool]] = {}
+    found: list[list[bool]] = []
+    for span in spans:
+        nearest = nearest_patches(span.latents, span.picture).tolist()
+        found.append([one == patch for one, patch in zip(nearest, span.patches) if patch >= 0])
     for span, hits in zip(spans, found):
         hits_of.setdefault(span.number, []).extend(hits)
     samples = torch.tensor([span.sample for span in spans])
     vectors = torch.stack([span.latents for span in spans]).flatten(1)  # (M, K * D)
-    features = torch.stack([span.picture[span.patch] for span in spans])  # (M, D)
-    labels = torch.tensor([span.patch for span in spans])
+    labels = torch.tensor([span.patches[0] for span in spans])
+    features = torch.stack([span.picture[span.patches[0]] for span in spans])  # (M, D)
     several = len(samples.unique()) > 1
     return LatentContent(
         *norms,
@@ -94,11 +98,13 @@ class _Span(NamedTuple):
     number: int
     latents: torch.Tensor  # (K, D)
     picture: torch.Tensor  # (N, D)
-    patch: int
+    patches: Sequence[int]  # K
 
 
 def _known_spans(
-    latents: Sequence[torch.Tensor], pictures: Sequence[Sequence[torch.Tensor]], patches: Sequence[Sequence[int]]
+    latents: Sequence[torch.Tensor],
+    pictures: Sequence[Sequence[torch.Tensor]],
+    patches: Sequence[Sequence[Sequence[int]]],
 ) -> list[_Span]:
     """The generated spans that have a helper image of their number."""
     rows = enumerate(zip(latents, pictures, patches))
@@ -151,8 +157,8 @@ def audit_model(
 
 def _expected(
     evaluator: Evaluator, pictures: list[list[torch.Tensor]], selector: TargetSelector | None
-) -> tuple[list[torch.Tensor] | None, list[list[int]] | None]:
-    """What latents should hold, for each sample (S, K, D), and the patches that it is the feature of."""
+) -> tuple[list[torch.Tensor] | None, list[list[list[int]]] | None]:
+    """What latents should hold, for each sample (S, K, D), and the patches (S, K) that it is the feature of."""
     questions, processor, task = evaluator.questions, evaluator.processor, evaluator.questions.task
     if not any(pictures):
         return None, None
@@ -163,8 +169,9 @@ def _expected(
     patches = [None if task is None else task.followed_patches(sample) for sample in questions.samples]
     if task is None or any(own is None for own in patches):
         return None, None
-    targets = followed_targets(task, questions.samples, pictures, processor.latent_size)
-    return targets, [own or [] for own in patches]
+    size = processor.latent_size
+    targets = followed_targets(task, questions.samples, pictures, size)
+    return targets, [[[patch] * size for patch in own or []] for own in patches]
 
 
 def summarize(
@@ -220,7 +227,7 @@ def audit(
         output (`str` or `Path`): a folder; records of each run go into `answers/` in it.
         controls (`Sequence[str]`, *optional*): see [`audit_model`].
         selection (`dict`, *optional*): [`~ilvr.trainer.ILVRTrainingConfig`] settings, such as `selection_method`, by
-            which each model selects what its latents should hold, where no task knows it.
+            which each model selects what its latents should hold, in place of what the task knows.
         batch_size (`int`, *optional*, defaults to 64): questions answered at once.
         pictured (`int`, *optional*, defaults to 3): samples that are pictured for each model.
         model_kwargs (`dict`, *optional*): of `from_pretrained`.
@@ -247,12 +254,14 @@ def audit(
     folder = Path(output)
     settings = {"batch_size": batch_size, "seed": seed, "selection": selection, "generate": generate_kwargs}
     found = Audit(questions.name, questions.metric_name, len(questions), settings=settings)
+    task = questions.task
+    asked = {} if task is None or "helper_question" in (selection or ()) else {"helper_question": task.helper_question}
     pictures: list[str | None] = []
     for number, path in enumerate(models):
         model, processor = load_checkpoint(path, **(model_kwargs or {}))
         answers = folder / "answers" / f"{number}-{Path(path).name}"
         evaluator = Evaluator(model, processor, questions, folder=answers, batch_size=batch_size, **generate_kwargs)
-        selector = own_selector(model, **selection) if selection else None
+        selector = own_selector(model, **asked, **selection) if selection else None
         found.models.append(audit_model(evaluator, str(path), controls, selector=selector, seed=seed))
         pictures.append(picture_of(evaluator, pictured) if pictured else None)
     (folder / "audit.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")

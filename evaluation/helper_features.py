@@ -3,6 +3,7 @@
 B batch, S spans, K latents a span, N image tokens, D hidden.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -114,12 +115,12 @@ class SelectedTargets(NamedTuple):
 
     Args:
         targets (`list[torch.Tensor]`): for each sample (S, K, D).
-        patches (`list[list[int]]`, *optional*): for each sample the first patch of each helper image; unknown where
-            patches are averaged in groups.
+        patches (`list[list[list[int]]]`, *optional*): for each sample and helper image the K patches that these are,
+            -1 where nothing was selected; unknown where targets are means of patches.
     """
 
     targets: list[torch.Tensor]
-    patches: list[list[int]] | None
+    patches: list[list[list[int]]] | None
 
 
 @torch.no_grad()
@@ -144,22 +145,24 @@ def selected_targets(
     Raises:
         ValueError: for samples that the selector cannot take, see [`~ilvr.trainer.inputs.data_preparation`].
     """
-    prepared = cast(Dataset, prepare_for(dataset, processor, selector.args, name="test"))
+    args = copy.copy(selector.args)
+    args.max_length = None  # no question is left out
+    prepared = cast(Dataset, prepare_for(dataset, processor, args, name="test"))
     collator = LatentDataCollator(processor)
     targets: list[torch.Tensor] = []
-    patches: list[list[int]] = []
-    grouped = not SELECTORS[selector.args.selection_method].keeps_candidates
+    patches: list[list[list[int]]] = []
+    are_means = not SELECTORS[args.selection_method].keeps_candidates
     for start in range(0, len(prepared), batch_size):
         rows = [prepared[i] for i in range(start, min(start + batch_size, len(prepared)))]
-        tensors = {name: tensor.to(pad_embedding.device) for name, tensor in collator(rows).items()}
-        batch = LatentBatch.of(tensors)
+        batch = LatentBatch.of({name: tensor.to(pad_embedding.device) for name, tensor in collator(rows).items()})
         selection = selector(batch)
         if selection is None:
             targets += [pad_embedding.new_zeros(0, processor.latent_size, len(pad_embedding)).cpu() for _ in rows]
             patches += [[] for _ in rows]
             continue
-        grouped |= bool((batch.helper_inputs["image_lengths"] > selector.args.max_candidates).any())
+        are_means |= bool((batch.helper_inputs["image_lengths"] > args.max_candidates).any())
         filled = torch.where(selection.mask.unsqueeze(-1), selection.targets, pad_embedding.float())  # (B, S, K, D)
+        chosen = selection.indices.where(selection.mask, -1)  # (B, S, K)
         targets += [own[: row["num_spans"]].cpu() for own, row in zip(filled, rows)]
-        patches += [own[: row["num_spans"]].tolist() for own, row in zip(selection.indices[..., 0], rows)]
-    return SelectedTargets(targets, None if grouped else patches)
+        patches += [own[: row["num_spans"]].tolist() for own, row in zip(chosen, rows)]
+    return SelectedTargets(targets, None if are_means else patches)

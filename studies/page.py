@@ -14,6 +14,7 @@ from typing import Any
 
 from ilvr.evaluation.intervals import wilson_interval
 from ilvr.evaluation.statistics import Difference, holm, mcnemar, paired_difference
+from ilvr.trainer.selection import SELECTORS
 
 from .study import Study
 
@@ -27,11 +28,13 @@ CONTROLS = {
     "donor": "follows donor",
 }
 ALIGNED = {  # in the log of arms that align latents: heading, and by what it is multiplied
-    "followed_share": ("targets hold the followed patch, %", 100),
-    "retrieval_at_1": ("latent nearest to its target, %", 100),
-    "latent_cosine": ("cosine with it", 1),
+    "latent_cosine": ("cosine with the target", 1),
     "latent_norm_ratio": ("norm over its norm", 1),
+    "retrieval_at_1": ("latent nearest to the target, %", 100),
+    "followed_share": ("targets are the followed patch, %", 100),
 }
+OF_PATCHES = ("retrieval_at_1", "followed_share")  # which say nothing where a target is no patch
+PATCH_METHODS = {method for method, selector in SELECTORS.items() if selector.keeps_candidates}
 INGREDIENTS = {  # by study: what an arm goes without, that arm, and the one that has it
     "shifts": [
         ("targets that hold what is followed", "query", "stage1"),
@@ -84,7 +87,7 @@ def report(study: Study, found: Found) -> str:
     parts = [f"Commits {commits}, on {devices}.", "### Accuracy", accuracy_table(study, found)]
     parts += ["### With other latents", controls_table(study, found)]
     parts += ["### By difficulty", groups_table(found)]
-    if any("retrieval_at_1" in entry for result in every for entry in result["log"]):
+    if any(aligns(result) for result in every):
         parts += ["### What latents are aligned with", alignment_table(found)]
     if study.name in INGREDIENTS:
         parts += ["### Without one ingredient", ingredients_table(INGREDIENTS[study.name], found)]
@@ -151,21 +154,35 @@ def groups_table(found: Found) -> str:
     return table(rows)
 
 
+def aligns(result: dict[str, Any]) -> bool:
+    return bool(result["log"]) and "latent_norm_ratio" in result["log"][-1]
+
+
 def alignment_table(found: Found) -> str:
     """What arms that align latents logged last, the mean over seeds."""
     rows = [["arm", *(heading for heading, _ in ALIGNED.values())]]
     for name, runs in found.items():
-        logs = [result["log"][-1] for result in runs.values() if result["log"]]
-        if logs and all("retrieval_at_1" in log for log in logs):
-            means = {key: scale * mean(log[key] for log in logs) for key, (_, scale) in ALIGNED.items()}
-            rows.append([name, *(f"{value:.{1 if ALIGNED[key][1] > 1 else 2}f}" for key, value in means.items())])
+        if not all(aligns(result) for result in runs.values()):
+            continue
+        logs = [result["log"][-1] for result in runs.values()]
+        methods = {result["definition"]["arm"]["settings"]["selection_method"] for result in runs.values()}
+        cells = []
+        for key, (_, scale) in ALIGNED.items():
+            is_known = all(key in log for log in logs) and (key not in OF_PATCHES or methods <= PATCH_METHODS)
+            digits = 1 if scale > 1 else 2
+            cells.append(f"{scale * mean(log[key] for log in logs):.{digits}f}" if is_known else "")
+        rows.append([name, *cells])
     return table(rows)
 
 
 def ingredients_table(ingredients: list[tuple[str, str, str]], found: Found) -> str:
     """What arms lose without an ingredient, on *trained*, over the boards of the seeds that both arms have."""
-    rows = [["without", "arm", "seeds", "less than", "by, points", "McNemar p, Holm", "needed"]]
-    known = {less: (what, whole) for what, less, whole in ingredients if less in found and whole in found}
+    rows = [["without", "arm", "seeds", "beside", "loses, points", "McNemar p, Holm", "needed"]]
+    known = {
+        less: (what, whole)
+        for what, less, whole in ingredients
+        if set(found.get(less, ())) & set(found.get(whole, ()))  # seeds
+    }
     answers = {
         less: [as_bools(pooled_answers(found, *arms)) for arms in ((whole, less), (less, whole))]
         for less, (_, whole) in known.items()

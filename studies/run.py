@@ -104,7 +104,7 @@ def run(study: Study, name: str, seed: int) -> Path:
     """Trains and tests an arm, unless it was; returns the folder of its checkpoint."""
     folder = study.runs / study.name / str(seed) / name
     result = study.results / study.name / f"{name}-{seed}.json"
-    if result.exists() and json.loads(result.read_text()).get("definition") != study.definition_of(name, seed):
+    if result.exists() and not study.is_of(json.loads(result.read_text())):
         raise ValueError(
             f"{result} is of another definition of {name} than {study.name} has now. Remove it, and {folder}."
         )

@@ -134,8 +134,22 @@ class Study:
         found = {"arm": named, "task": self.task_settings, "tests": self.tests, "backbone": self.backbone}
         return json.loads(json.dumps(found))
 
+    def is_of(self, result: dict[str, Any]) -> bool:
+        """Whether a result follows from this study. The bound of a loss may have been another one: an arm is the same
+        that meets this one, too."""
+        own, bound = self.definition_of(result["arm"], result["seed"]), self.arms[result["arm"]].until_loss
+        is_met = bound is None or result["log"][-1]["loss"] <= bound
+        return is_met and _unbound(own) == _unbound(result["definition"])
+
     def task_of(self, seed: int, test: str | None = None, *, arm: str | None = None) -> Task:
         """The task under a seed, with the settings of a test, or of an arm's training."""
         own = self.tests[test] if test is not None else self.arms[arm].task if arm is not None else {}
         own = {name: value for name, value in own.items() if name != "samples"}
         return load_task(self.task, **{"seed": seed, **self.task_settings, **own})
+
+
+def _unbound(definition: Any) -> Any:
+    """A definition without `until_loss`, its own and that of the arms before."""
+    if not isinstance(definition, dict):
+        return definition
+    return {name: _unbound(value) for name, value in definition.items() if name != "until_loss"}

@@ -49,9 +49,10 @@ class ILVRTrainingConfig(SFTConfig):
             that it starts from.
         helper_question (`str`, *optional*, defaults to `None`):
             What `"answer_gradient"`, `"answer_occlusion"` and `"attention"` ask of each helper image, unless a row's
-            `metadata` has `helper_questions`. With neither, what the trace says after the picture is the answer.
+            `metadata` has `helper_questions`. With neither, what the trace says after the picture is the answer, and
+            `"answer_occlusion"` refuses.
         max_helper_answer_tokens (`int`, *optional*, defaults to 8):
-            At which its answers are cut.
+            At which the teacher's own answers are cut; what a trace says is not.
         unselected_slots (`str`, *optional*, defaults to `"repeat"`):
             What stage 1 puts into the latents behind the selected ones: the last target again (ours), so that each
             slot holds a latent, as in inference; or with `"pad"` the embedding of `<|latent_pad|>` (paper), which

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from ilvr import ILVRForConditionalGeneration
 
@@ -46,7 +45,7 @@ class AnswerRelevance(ABC):
 
     Args:
         model ([`ILVRForConditionalGeneration`]): sees and answers; its weights need no gradient.
-        max_new_tokens (`int`): at which answers are cut.
+        max_new_tokens (`int`): at which the model's own answers are cut.
     """
 
     def __init__(self, model: ILVRForConditionalGeneration, max_new_tokens: int) -> None:
@@ -71,14 +70,16 @@ class AnswerRelevance(ABC):
         deepstack = getattr(outputs, "deepstack_features", None) or ()
         layers = [flatten_features([layer] if isinstance(layer, torch.Tensor) else layer) for layer in deepstack]
         layers = [layer.split(lengths) for layer in layers]
-        given = helper_inputs["answer_ids"].shape[1] if "answer_ids" in helper_inputs else 0
-        at_once = self._at_once(helper_inputs["prompt_ids"].shape[1] + max(given, self.max_new_tokens))
-        found: list[torch.Tensor] = []
-        for start in range(0, len(lengths), at_once):
-            part = slice(start, start + at_once)
-            tensors = {k: v[part] for k, v in helper_inputs.items() if len(v) == len(lengths)}
-            found += self._of_some(tensors, list(features[part]), [list(layer[part]) for layer in layers])
-        return found
+        given = helper_inputs.get("answer_mask", helper_inputs["prompt_ids"][:, :0])  # (R, A)
+        at_once = self._at_once(helper_inputs["prompt_ids"].shape[1] + max(given.shape[1], self.max_new_tokens))
+        found: dict[int, torch.Tensor] = {}
+        for is_given in (True, False):  # apart: the model generates the other answers
+            rows = (given.any(1) == is_given).nonzero().flatten().tolist()
+            for part in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
+                tensors = {k: v[part] for k, v in helper_inputs.items() if len(v) == len(lengths)}
+                own = [[layer[i] for i in part] for layer in layers]
+                found |= zip(part, self._of_some(tensors, [features[i] for i in part], own, is_given))
+        return [found[i] for i in range(len(lengths))]
 
     @abstractmethod
     def _at_once(self, columns: int) -> int:
@@ -89,7 +90,11 @@ class AnswerRelevance(ABC):
         """The relevance of each patch of some pictures, one after the other: (N of all,)."""
 
     def _of_some(
-        self, tensors: dict[str, torch.Tensor], features: list[torch.Tensor], layers: list[list[torch.Tensor]]
+        self,
+        tensors: dict[str, torch.Tensor],
+        features: list[torch.Tensor],
+        layers: list[list[torch.Tensor]],
+        is_given: bool,
     ) -> list[torch.Tensor]:
         config, prompts = self.model.config, tensors["prompt_ids"]
         own = {k: v for k, v in tensors.items() if k in ("image_grid_thw", "image_sizes")}
@@ -109,10 +114,9 @@ class AnswerRelevance(ABC):
             }
 
         flat, flat_layers = torch.cat(features).detach(), [torch.cat(layer) for layer in layers]
-        none = prompts.new_zeros(len(prompts), 0)
-        answers, said = tensors.get("answer_ids", none), tensors.get("answer_mask", none).bool()
-        is_given = said.any(1, keepdim=True)
-        if not is_given.all():
+        if is_given:
+            answers, said = tensors["answer_ids"], tensors["answer_mask"].bool()
+        else:
             with torch.no_grad():
                 ids = self.model.generate(
                     **inputs(prompts, flat, flat_layers),
@@ -120,8 +124,8 @@ class AnswerRelevance(ABC):
                     max_new_tokens=self.max_new_tokens,
                     suppress_tokens=[config.latent_start_token_id],
                 )
-            generated = ids[:, prompts.shape[1] :]
-            answers, said = _where(is_given, answers, generated), _where(is_given, said, self._is_said(generated))
+            answers = ids[:, prompts.shape[1] :]
+            said = self._is_said(answers)
         ids = torch.cat([prompts, answers], dim=1)
 
         def forward(pictures: torch.Tensor, layers: list[torch.Tensor], *rows: Any, **options: Any) -> Any:
@@ -136,13 +140,6 @@ class AnswerRelevance(ABC):
         ends = self.model.generation_config.eos_token_id
         ended = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device)).int()
         return (ended.cumsum(1) - ended) == 0
-
-
-def _where(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The rows (R, 1) of one tensor (R, A) and else those of another (R, A'), filled up with zeros on the right."""
-    width = max(one.shape[1], other.shape[1])
-    one, other = (pad(tensor, (0, width - tensor.shape[1])) for tensor in (one, other))
-    return torch.where(rows, one, other)
 
 
 @dataclass

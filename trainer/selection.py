@@ -383,6 +383,8 @@ class Selector(NamedTuple):
             which cost a forward pass of the teacher.
         asks_teacher (`bool`, *optional*, defaults to `False`): whether it needs their `relevance`, which costs an
             answer of the teacher to a question about each helper image, and a forward over it.
+        trace_answers (`bool`, *optional*, defaults to `True`): whether, without a question, what a trace says after a
+            helper image may be the answer.
         reads_followed (`bool`, *optional*, defaults to `False`): whether `relevance` is what the data says.
         keeps_candidates (`bool`, *optional*, defaults to `True`): whether targets are candidates as they are.
     """
@@ -390,6 +392,7 @@ class Selector(NamedTuple):
     select: Callable[[SelectionInputs, int, SpanSelection | None], SpanSelection]
     reads_teacher: bool = False
     asks_teacher: bool = False
+    trace_answers: bool = True
     reads_followed: bool = False
     keeps_candidates: bool = True
 
@@ -397,7 +400,8 @@ class Selector(NamedTuple):
 SELECTORS = {
     "query_top_p": Selector(select_by_query, reads_teacher=True),
     "answer_gradient": Selector(select_by_relevance, asks_teacher=True),
-    "answer_occlusion": Selector(select_by_relevance, asks_teacher=True),
+    # A trace's many words hang on many patches: what they lose says little (docs/training.md).
+    "answer_occlusion": Selector(select_by_relevance, asks_teacher=True, trace_answers=False),
     "attention": Selector(select_by_relevance, asks_teacher=True),
     "change": Selector(select_change),
     "mean_pool": Selector(select_mean_pool, keeps_candidates=False),

@@ -46,7 +46,7 @@ def test_what_latents_hold():
     """Two spans of one sample and one of another; the third latent is nearest to a wrong patch."""
     picture = torch.eye(3) * 2
     latents = [torch.tensor([[[5.0, 1, 0]], [[0, 0, 5]]]), torch.tensor([[[4.0, 0, 3]], [[1, 1, 1]]])]
-    found = measure_content(latents, [[picture, picture], [picture]], patches=[[0, 2], [1]])
+    found = measure_content(latents, [[picture, picture], [picture]], patches=[[[0], [2]], [[1]]])
     assert found.retrieval_at_1 == Rate.of(2, 3) and found.patches == 3
     assert found.retrieval_by_span == [Rate.of(1, 2), Rate.of(1, 1)]
     assert found.feature_norm == 2 and found.norm == pytest.approx((26**0.5 + 5 + 5 + 3**0.5) / 4)
@@ -57,10 +57,17 @@ def test_what_latents_hold():
     assert measure_content([torch.zeros(0, 1, 3)], [[]]) == LatentContent()
 
 
+def test_each_latent_is_compared_with_its_own_patch():
+    """Two of three that should hold something do; where nothing was selected there is nothing to find."""
+    picture = torch.eye(4)
+    found = measure_content([torch.stack([picture[[2, 3, 0, 1]]])], [[picture]], patches=[[[2, 0, 0, -1]]])
+    assert found.retrieval_at_1 == Rate.of(2, 3)
+
+
 def test_the_ceiling_of_the_probe():
     """Latents that are all alike hold nothing; the patches themselves say which they are."""
     picture = torch.eye(4)
-    patches = [[i % 4] for i in range(40)]
+    patches = [[[i % 4] * 2] for i in range(40)]
     found = measure_content([torch.ones(1, 2, 4)] * 40, [[picture]] * 40, patches=patches)
     assert found.ceiling.accuracy.value == 1 and found.probe.accuracy.value == found.probe.baseline < 0.5
 

@@ -153,7 +153,8 @@ def test_latents_of_followed_patches(evaluator):
 def test_latents_of_a_selector(evaluator, max_candidates):
     """As stage 1 feeds them: the patch of each helper image that the selector picks, and pads behind it."""
     questions, model, processor = evaluator.questions, evaluator.model, evaluator.processor
-    selector = own_selector(model, selection_top_p=0.01, unselected_slots="pad", max_candidates=max_candidates)
+    settings = {"selection_top_p": 0.01, "unselected_slots": "pad", "max_candidates": max_candidates}
+    selector = own_selector(model, max_length=1, **settings)  # which leaves no question out
     pad = model.get_input_embeddings().weight[processor.latent_token_ids[1]].detach()
     targets, patches = selected_targets(selector, processor, questions.dataset, pad, batch_size=2)
     assert (patches is None) == (max_candidates == 2)
@@ -162,7 +163,8 @@ def test_latents_of_a_selector(evaluator, max_candidates):
     for sample, (own, pictures) in enumerate(zip(targets, features)):
         for span, (latents, picture) in enumerate(zip(own, pictures)):
             if patches is not None:
-                torch.testing.assert_close(latents[0], picture[patches[sample][span]], rtol=0, atol=1e-4)
+                assert patches[sample][span][1:] == [-1, -1]
+                torch.testing.assert_close(latents[0], picture[patches[sample][span][0]], rtol=0, atol=1e-4)
             assert torch.equal(latents[1:], pad.expand(2, -1))
 
 

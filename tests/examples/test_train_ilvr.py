@@ -179,19 +179,24 @@ def test_wrong_rewards_are_refused_before_the_first_phase(tmp_path, monkeypatch,
         train.run_recipe(parse(tmp_path / "tiny.yaml"))
 
 
-@pytest.mark.parametrize("settings", [{"every": 10}, {"num_samples": 8}])
-def test_a_swap_gap_that_cannot_be_measured_is_refused(tmp_path, settings):
-    """Without a test, and without a number of steps."""
-    make_image("red").save(tmp_path / "board.png")
-    make_image("red").save(tmp_path / "step.png")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 10}, "asks two test questions or more"),
+        ({"num_samples": 8}, "takes `every`"),
+        ({"every": 0}, "takes `every`"),
+        ({"every": 10, "num_samples": 1}, "takes `every`"),
+        ({"every": 10, "sampels": 8}, "takes `every`"),
+    ],
+)
+def test_a_swap_gap_that_cannot_be_measured_is_refused_before_the_first_phase(tmp_path, settings, message):
+    for image in ("board.png", "step.png"):
+        make_image("red").save(tmp_path / image)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    recipe = parse(
-        RECIPES / "qwen2_5_vl_7b.yaml",
-        *("--output_dir", str(tmp_path / "run"), "--dataset", str(tmp_path / "train.jsonl")),
-        *("--test_size", "0" if "every" in settings else "1"),
-    )
+    options = ("--output_dir", str(tmp_path / "run"), "--dataset", str(tmp_path / "train.jsonl"))
+    recipe = parse(RECIPES / "qwen2_5_vl_7b.yaml", *options)
     recipe.swap_gap, recipe.training["bf16"] = settings, False
-    with pytest.raises(ValueError, match="Give it `every` and the recipe a test"):
+    with pytest.raises(ValueError, match=message):
         train.run_recipe(recipe)
 
 

@@ -1,5 +1,7 @@
 """What in a picture the model's own answer depends on."""
 
+import copy
+
 import pytest
 import torch
 from helpers import make_dataset, make_image, make_sample, make_trainer
@@ -289,11 +291,31 @@ def test_relevance_to_the_rest_of_the_trace(model, processor):
         torch.testing.assert_close(found[2 + i], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"selection_schedule": "once"}, {"cache_images": True}])
-def test_training_without_a_question(model, processor, tmp_path, settings):
-    trainer = make_trainer(model, processor, tmp_path, selection_method="answer_occlusion", max_steps=1, **settings)
-    trainer.train()
-    assert 1 <= trainer.state.log_history[0]["selected_per_span"] <= 3
+def test_training_without_a_question(model, processor, tmp_path, monkeypatch):
+    """The model is not asked, and selects the same at each step, once, and of cached images."""
+    monkeypatch.setattr(type(model), "generate", None)
+    found = []
+    for settings in ({}, {"selection_schedule": "once"}, {"cache_images": True}):
+        own = copy.deepcopy(model)
+        trainer = make_trainer(own, processor, tmp_path, selection_method="answer_gradient", max_steps=1, **settings)
+        selection = trainer.select_targets(trainer._batch_of([trainer.train_dataset[i] for i in range(4)]))
+        found.append(selection.indices.where(selection.mask, -1))
+        trainer.train()
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+    with pytest.raises(ValueError, match="questions .*None.*'answer_gradient' and 'attention' read the trace"):
+        make_trainer(model, processor, tmp_path, selection_method="answer_occlusion")
+
+
+def test_what_the_trace_cannot_ask(processor):
+    words = {"prompt": [turn("user", "Plan")], "completion": [turn("assistant", None, "Up")]}
+    rows = prepare_dataset(make_dataset([{**words, "images": [make_image("red")]}]), processor, stage=1)
+    asked = add_helper_prompts(rows, processor, question=None)[0]
+    assert processor.tokenizer.decode(asked[HELPER_ANSWERS][0], skip_special_tokens=True).strip() == "Up"
+    with pytest.raises(ValueError, match="Sample 0 .* no messages left that could ask. Set helper_question, or keep"):
+        add_helper_prompts(rows.remove_columns(["prompt", "completion"]), processor, question=None)
+    alone = make_dataset([{"messages": [turn("assistant", None, "Up")], "images": [make_image("red")]}])
+    with pytest.raises(ValueError, match="Sample 0 .*: messages: no user's turn comes before a helper image"):
+        add_helper_prompts(prepare_dataset(alone, processor, stage=1), processor, question=None)
 
 
 def test_prompts_of_helper_images_are_those_of_the_processor(model, processor):

@@ -132,7 +132,8 @@ class LatentDataCollator(DataCollatorMixin):
     def _helper_prompts(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for name, column, side in (("prompt", HELPER_PROMPTS, "left"), ("answer", HELPER_ANSWERS, "right")):
-            rows = [torch.tensor(ids, dtype=torch.long) for row in examples for ids in row.get(column) or ()]
+            asked = [row.get(column) or [[]] * len(row.get(HELPER_PROMPTS) or ()) for row in examples]
+            rows = [torch.tensor(ids, dtype=torch.long) for own in asked for ids in own]
             if any(map(len, rows)):
                 pad = partial(pad_sequence, batch_first=True, padding_side=side)
                 found[f"{name}_ids"] = pad(rows, padding_value=self.processor.tokenizer.pad_token_id)

@@ -46,8 +46,8 @@ FEATURES = Features(
         HELPER_IMAGES: List(Value("int32")),
     }
 )
-HELPER_COLUMNS = (HELPER_PROMPTS, HELPER_ANSWERS, TARGET_INDICES, FOLLOWED_PATCHES)
-PREPARED_COLUMNS = (*FEATURES, *HELPER_COLUMNS, TELLS_ANSWER, "images")
+_ADDED = (HELPER_PROMPTS, HELPER_ANSWERS, TARGET_INDICES, FOLLOWED_PATCHES, TELLS_ANSWER)
+PREPARED_COLUMNS = (*FEATURES, *_ADDED, "images")
 
 
 def prepare_for(
@@ -59,7 +59,8 @@ def prepare_for(
     sizes: dict[str, Any] = {"stage": 1 if args.aligns else 2, "max_length": args.max_length}
     dataset = prepare_dataset(dataset, processor, name=name, num_proc=workers, **sizes)
     if args.aligns and selector.asks_teacher:
-        dataset = add_helper_prompts(dataset, processor, question=args.helper_question, name=name, num_proc=workers)
+        asked: dict[str, Any] = {"question": args.helper_question, "trace_answers": selector.trace_answers}
+        dataset = add_helper_prompts(dataset, processor, **asked, name=name, num_proc=workers)
     if args.aligns:
         dataset = add_followed_patches(dataset, required=selector.reads_followed, name=name, num_proc=workers)
     return dataset
@@ -174,7 +175,13 @@ def _prepare(dataset: Any, columns: list[str], processor: ILVRProcessor, name: s
 
 
 def add_helper_prompts(
-    dataset: Any, processor: ILVRProcessor, *, question: str | None, name: str = "train", num_proc: int | None = None
+    dataset: Any,
+    processor: ILVRProcessor,
+    *,
+    question: str | None,
+    trace_answers: bool = True,
+    name: str = "train",
+    num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Adds what is asked of each helper image, as ids: the picture, the question, and the start of an answer.
 
@@ -186,11 +193,12 @@ def add_helper_prompts(
         processor ([`ILVRProcessor`]).
         question (`str`, *optional*): asked of each helper image, unless a row's `metadata` holds `helper_questions`,
             a list with one for each.
+        trace_answers (`bool`, *optional*, defaults to `True`): whether a trace may ask and answer itself.
         name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as there.
 
     Raises:
-        ValueError: if a row has not as many questions as helper images, if there is no question and nothing is said
-            after a picture, or the images are cached already.
+        ValueError: if a row has not as many questions as helper images, if a trace without one says nothing after a
+            picture or may not answer, or if the images are cached already.
     """
     columns = _columns(dataset, name)
     if HELPER_PROMPTS in columns or TARGET_INDICES in columns:
@@ -201,7 +209,8 @@ def add_helper_prompts(
             "selection_method that asks."
         )
     dataset = undecoded(dataset, "images")
-    arguments = {"tokenizer": SizeTokenizer(processor), "question": question, "name": name}
+    asked = {"question": question, "trace_answers": trace_answers}
+    arguments = {"tokenizer": SizeTokenizer(processor), "name": name, **asked}
     if isinstance(dataset, IterableDataset):
         return dataset.map(_helper_prompts, with_indices=True, fn_kwargs=arguments)
     known = ("messages", "prompt", "completion", "images", HELPER_IMAGES, "metadata")
@@ -213,21 +222,24 @@ def add_helper_prompts(
         remove_columns=read,
         features=Features(dict.fromkeys((HELPER_PROMPTS, HELPER_ANSWERS), List(List(Value("int32"))))),
         num_proc=num_proc,
-        new_fingerprint=Hasher.hash([dataset._fingerprint, processor_key(processor), question]),
+        new_fingerprint=Hasher.hash([dataset._fingerprint, processor_key(processor), asked]),
         desc=f"Asking of {name} helper images",
     )
     return side_by_side(dataset, added)
 
 
 def _helper_prompts(
-    sample: dict, index: int, *, tokenizer: SizeTokenizer, question: str | None, name: str
+    sample: dict, index: int, *, tokenizer: SizeTokenizer, question: str | None, trace_answers: bool, name: str
 ) -> dict[str, list]:
     own = json.loads(sample.get("metadata") or "{}").get("helper_questions")
     helpers, where = sample[HELPER_IMAGES], f"Sample {index} of the {name} data"
     sizes = [image_size(sample["images"][i], f"{where}, image {i}") for i in helpers]
-    if own is None and question is None:
+    if own is None and question is None and trace_answers:
+        if all(sample.get(column) is None for column in ("messages", "completion")):
+            raise ValueError(f"{where} has no messages left that could ask. Set helper_question, or keep them.")
         try:
-            asked = [_rest_of_trace(checked_messages(sample), i, sizes, tokenizer) for i in range(len(sizes))]
+            messages = checked_messages(sample)
+            asked = [_rest_of_trace(messages, number, sizes, tokenizer) for number in range(len(sizes))]
         except SampleError as error:
             raise ValueError(f"{where}: {error}") from error
         said = [tokenizer.whole.tokenizer.decode(answer, skip_special_tokens=True) for _, answer in asked]
@@ -241,7 +253,8 @@ def _helper_prompts(
     if len(questions) != len(helpers) or not all(isinstance(text, str) and text for text in questions):
         raise ValueError(
             f"{where} has {len(helpers)} helper images and the questions {questions!r:.80}. Set helper_question, or "
-            "give each row's metadata a list `helper_questions`, one text for each image."
+            "give each row's metadata a list `helper_questions`, one text for each image. Without a question, "
+            "'answer_gradient' and 'attention' read the trace."
         )
     ask = _asker(tokenizer)
     return {
