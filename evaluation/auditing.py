@@ -252,16 +252,16 @@ def audit(
     ```
     """
     folder = Path(output)
+    if selection and questions.task is not None:
+        selection = {"helper_question": questions.task.helper_question, **selection}
     settings = {"batch_size": batch_size, "seed": seed, "selection": selection, "generate": generate_kwargs}
     found = Audit(questions.name, questions.metric_name, len(questions), settings=settings)
-    task = questions.task
-    asked = {} if task is None or "helper_question" in (selection or ()) else {"helper_question": task.helper_question}
     pictures: list[str | None] = []
     for number, path in enumerate(models):
         model, processor = load_checkpoint(path, **(model_kwargs or {}))
         answers = folder / "answers" / f"{number}-{Path(path).name}"
         evaluator = Evaluator(model, processor, questions, folder=answers, batch_size=batch_size, **generate_kwargs)
-        selector = own_selector(model, **asked, **selection) if selection else None
+        selector = own_selector(model, **selection) if selection else None
         found.models.append(audit_model(evaluator, str(path), controls, selector=selector, seed=seed))
         pictures.append(picture_of(evaluator, pictured) if pictured else None)
     (folder / "audit.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")

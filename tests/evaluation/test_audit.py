@@ -233,6 +233,14 @@ def test_audit_of_plain_questions(checkpoints, processor, tmp_path):
     assert json.loads((tmp_path / "o" / "audit.json").read_text())["settings"]["selection"] == selection
 
 
+def test_a_task_says_what_the_model_asks_of_helper_images(checkpoints, tmp_path):
+    task = load_task("shifts", boards=1, test_boards=2, lengths=[2, 2])
+    settings = {"controls": ["another_sample"], "selection": {"selection_method": "answer_gradient"}}
+    audit(checkpoints[:1], Questions.of_task(task), output=tmp_path, pictured=0, max_new_tokens=4, **settings)
+    used = json.loads((tmp_path / "audit.json").read_text())["settings"]["selection"]
+    assert used == {"helper_question": task.helper_question, "selection_method": "answer_gradient"}
+
+
 def test_adapters_are_merged(model, processor, tmp_path, monkeypatch):
     """The oracle and the pictures look into the model, where an adapter is in the way."""
     processor.save_pretrained(tmp_path)
