@@ -268,6 +268,14 @@ def test_the_trace_asks_where_nobody_names_a_question(model, processor):
     assert not set(processor.latent_token_ids) & {token for ids in prompts for token in ids}
 
 
+def test_an_answer_ends_with_the_assistants_own_tokens(processor):
+    """Not with what a chat template writes behind a turn, which nothing trains the model to say."""
+    rows = prepare_dataset(make_dataset([SAMPLE]), processor, stage=1)
+    (row,) = add_helper_prompts(rows, processor, question=None)
+    own = [token for token, said in zip(row["input_ids"], row["assistant_mask"]) if said]
+    assert all(answer[-2:] == own[-2:] for answer in row[HELPER_ANSWERS])
+
+
 def test_relevance_to_the_rest_of_the_trace(model, processor):
     """Answers of different lengths, beside a row with questions, which the model answers itself; each as alone."""
     model = model.double().eval()
