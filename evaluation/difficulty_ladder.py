@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ilvr.trainer import ILVRTrainer
-from ilvr.trainer.inputs.data_preparation import LEVEL
+from ilvr.trainer.inputs.columns import LEVEL
 from ilvr.trainer.inputs.sampler import LadderSampler
 
 from .in_training import evaluating, evaluator_of

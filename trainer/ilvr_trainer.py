@@ -23,8 +23,9 @@ from ilvr.latent_decoding import Intervention
 
 from .alignment import alignment_statistics, alignment_term
 from .ilvr_training_config import ILVRTrainingConfig
+from .inputs.columns import PREPARED_COLUMNS
 from .inputs.data_collator import LatentBatch, LatentDataCollator
-from .inputs.data_preparation import PREPARED_COLUMNS, add_tells_answer, prepare_for
+from .inputs.data_preparation import add_tells_answer, prepare_for
 from .inputs.image_features import cache_images, image_outputs, weights_key, without_pixels
 from .inputs.sampler import SpanGroupedSampler
 from .latent_swaps import draw_donors, swap_last_spans

@@ -12,8 +12,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
 from .ilvr_training_config import ILVRTrainingConfig
+from .inputs.columns import FOLLOWED_PATCHES, HELPER_ANSWERS, HELPER_PROMPTS, TARGET_INDICES, side_by_side
 from .inputs.data_collator import LatentBatch
-from .inputs.data_preparation import FOLLOWED_PATCHES, HELPER_ANSWERS, HELPER_PROMPTS, TARGET_INDICES, side_by_side
 from .inputs.image_features import flatten_features, image_outputs
 from .selection import (
     SELECTORS,

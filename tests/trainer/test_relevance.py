@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import make_dataset, make_image, make_sample, make_trainer
 
-from ilvr.trainer.inputs.data_preparation import HELPER_ANSWERS, HELPER_PROMPTS, add_helper_prompts, prepare_dataset
+from ilvr.trainer.inputs.columns import HELPER_ANSWERS, HELPER_PROMPTS
+from ilvr.trainer.inputs.data_preparation import prepare_dataset
+from ilvr.trainer.inputs.helper_prompts import add_helper_prompts
 from ilvr.trainer.inputs.image_features import image_outputs, without_pixels
 from ilvr.trainer.relevance import AnswerAttention, AnswerGradient, AnswerOcclusion, AskedPictures
 

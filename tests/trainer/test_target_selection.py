@@ -10,7 +10,7 @@ from helpers import SAMPLES, WORDS, encode, generate, make_dataset, make_sample,
 
 from ilvr import ILVRForConditionalGeneration
 from ilvr.trainer import ILVRTrainer, ILVRTrainingConfig
-from ilvr.trainer.inputs.data_preparation import HELPER_PROMPTS, TARGET_INDICES
+from ilvr.trainer.inputs.columns import HELPER_PROMPTS, TARGET_INDICES
 from ilvr.trainer.selection import SELECTORS, Selector, select_uniform
 from ilvr.trainer.watching.selection_drawing import compare_latents
 

@@ -15,7 +15,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from ilvr import ILVRProcessor
 from ilvr.data.images import open_image
 
-from .data_preparation import (
+from .columns import (
     FOLLOWED_PATCHES,
     HELPER_ANSWERS,
     HELPER_IMAGES,

@@ -4,50 +4,26 @@ No pixel is touched here: tokens are counted from the headers of the images.
 """
 
 import json
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ilvr import ILVRProcessor
-from ilvr.data.conversations import ROLES, SampleError, image_roles
-from ilvr.data.images import image_size
 from ilvr.data.sources import undecoded
-from ilvr.data.token_counts import SizeTokenizer, check_spans
+from ilvr.data.token_counts import SizeTokenizer
 
 from ..ilvr_training_config import ILVRTrainingConfig
 from ..selection import SELECTORS
+from .columns import FEATURES, FOLLOWED_PATCHES, TELLS_ANSWER, columns_of, processor_key, side_by_side
+from .helper_prompts import add_helper_prompts
+from .sample_preparation import prepare_sample
 
 
 logger = logging.get_logger(__name__)
-
-USER_IMAGES, HELPER_IMAGES = "user_images", "helper_images"
-# What some ways of selecting targets add: the ids of what is asked of each helper image and, where the trace answers,
-# of the answer; and what was selected.
-HELPER_PROMPTS, HELPER_ANSWERS, TARGET_INDICES = "helper_prompts", "helper_answers", "target_indices"
-# Of tasks that know it: the patch of each helper image that its latents should hold.
-FOLLOWED_PATCHES = "followed_patches"
-# Of tasks that know it: whether the words after the last span follow from its latents alone.
-TELLS_ANSWER = "tells_answer"
-# Of data for a ladder: how difficult a sample is, from 0.
-LEVEL = "level"
-# What preparation adds to a data set: ids, and which of its images are the user's and which are helper images.
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "assistant_mask": List(Value("bool")),
-        "length": Value("int32"),
-        "num_spans": Value("int32"),
-        USER_IMAGES: List(Value("int32")),
-        HELPER_IMAGES: List(Value("int32")),
-    }
-)
-_ADDED = (HELPER_PROMPTS, HELPER_ANSWERS, TARGET_INDICES, FOLLOWED_PATCHES, TELLS_ANSWER)
-PREPARED_COLUMNS = (*FEATURES, *_ADDED, "images")
 
 
 def prepare_for(
@@ -94,7 +70,7 @@ def prepare_dataset(
         ValueError: names the first bad sample, what is wrong with it and how to mend it; also if a data set was
             prepared before, with a processor of another latent size or of other latent tokens.
     """
-    columns = _columns(dataset, name)
+    columns = columns_of(dataset, name)
     if set(FEATURES) <= set(columns):
         prepared = dataset
         _check_prepared(dataset, processor, name)
@@ -109,23 +85,6 @@ def prepare_dataset(
             "with. Add helper images, or train in stage 2 without alignment_weight."
         )
     return prepared if max_length is None else _drop_long(prepared, max_length, name)
-
-
-def _columns(dataset: Any, name: str) -> list[str]:
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise ValueError(
-            f"The {name} data must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}. Make "
-            "one with `ilvr.data.load_conversations`, or with `Dataset.from_list` of rows."
-        )
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"The {name} data has no samples.")
-    known = ({"messages"}, {"prompt", "completion"}, set(FEATURES))
-    if not any(needed <= set(columns) for needed in known):
-        raise ValueError(
-            f"The {name} data set needs a column `messages` (or `prompt` and `completion`), it has {columns}."
-        )
-    return columns
 
 
 def _check_prepared(dataset: Any, processor: ILVRProcessor, name: str) -> None:
@@ -174,134 +133,6 @@ def _prepare(dataset: Any, columns: list[str], processor: ILVRProcessor, name: s
     return side_by_side(dataset.remove_columns([c for c in FEATURES if c in columns]), added)
 
 
-def add_helper_prompts(
-    dataset: Any,
-    processor: ILVRProcessor,
-    *,
-    question: str | None,
-    trace_answers: bool = True,
-    name: str = "train",
-    num_proc: int | None = None,
-) -> Dataset | IterableDataset:
-    """Adds what is asked of each helper image, as ids: the picture, the question, and the start of an answer.
-
-    Where nobody names a question, the trace itself asks and answers: the conversation up to the picture, which opens
-    the user's turn in place of the user's own, and the words that follow it in the assistant's turn.
-
-    Args:
-        dataset: of [`prepare_dataset`].
-        processor ([`ILVRProcessor`]).
-        question (`str`, *optional*): asked of each helper image, unless a row's `metadata` holds `helper_questions`,
-            a list with one for each.
-        trace_answers (`bool`, *optional*, defaults to `True`): whether a trace may ask and answer itself.
-        name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as there.
-
-    Raises:
-        ValueError: if a row has not as many questions as helper images, if a trace without one says nothing after a
-            picture or may not answer, or if the images are cached already.
-    """
-    columns = _columns(dataset, name)
-    if HELPER_PROMPTS in columns or TARGET_INDICES in columns:
-        return dataset
-    if "images" not in columns:
-        raise ValueError(
-            f"The images of the {name} data are cached, without the questions to ask of them. Cache them with the "
-            "selection_method that asks."
-        )
-    dataset = undecoded(dataset, "images")
-    asked = {"question": question, "trace_answers": trace_answers}
-    arguments = {"tokenizer": SizeTokenizer(processor), "name": name, **asked}
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(_helper_prompts, with_indices=True, fn_kwargs=arguments)
-    known = ("messages", "prompt", "completion", "images", HELPER_IMAGES, "metadata")
-    read = [column for column in known if column in columns]
-    added = dataset.select_columns(read).map(
-        _helper_prompts,
-        with_indices=True,
-        fn_kwargs=arguments,
-        remove_columns=read,
-        features=Features(dict.fromkeys((HELPER_PROMPTS, HELPER_ANSWERS), List(List(Value("int32"))))),
-        num_proc=num_proc,
-        new_fingerprint=Hasher.hash([dataset._fingerprint, processor_key(processor), asked]),
-        desc=f"Asking of {name} helper images",
-    )
-    return side_by_side(dataset, added)
-
-
-def _helper_prompts(
-    sample: dict, index: int, *, tokenizer: SizeTokenizer, question: str | None, trace_answers: bool, name: str
-) -> dict[str, list]:
-    own = json.loads(sample.get("metadata") or "{}").get("helper_questions")
-    helpers, where = sample[HELPER_IMAGES], f"Sample {index} of the {name} data"
-    sizes = [image_size(sample["images"][i], f"{where}, image {i}") for i in helpers]
-    if own is None and question is None and trace_answers:
-        if all(sample.get(column) is None for column in ("messages", "completion")):
-            raise ValueError(f"{where} has no messages left that could ask. Set helper_question, or keep them.")
-        try:
-            messages = checked_messages(sample)
-            asked = [_rest_of_trace(messages, number, sizes, tokenizer) for number in range(len(sizes))]
-        except SampleError as error:
-            raise ValueError(f"{where}: {error}") from error
-        said = [tokenizer.whole.tokenizer.decode(answer, skip_special_tokens=True) for _, answer in asked]
-        if silent := [number for number, words in enumerate(said) if not words.strip()]:
-            raise ValueError(
-                f"{where}: nothing is said after helper image {silent[0]}, so the trace does not tell what it is for. "
-                "Set helper_question, give each row's metadata a list `helper_questions`, or end it with words."
-            )
-        return {HELPER_PROMPTS: [prompt for prompt, _ in asked], HELPER_ANSWERS: [answer for _, answer in asked]}
-    questions = [question] * len(helpers) if own is None else own
-    if len(questions) != len(helpers) or not all(isinstance(text, str) and text for text in questions):
-        raise ValueError(
-            f"{where} has {len(helpers)} helper images and the questions {questions!r:.80}. Set helper_question, or "
-            "give each row's metadata a list `helper_questions`, one text for each image. Without a question, "
-            "'answer_gradient' and 'attention' read the trace."
-        )
-    ask = _asker(tokenizer)
-    return {
-        HELPER_PROMPTS: [ask(text, size) for text, size in zip(questions, sizes)],
-        HELPER_ANSWERS: [[] for _ in helpers],
-    }
-
-
-def _rest_of_trace(
-    messages: list[dict], number: int, sizes: list[tuple[int, int]], tokenizer: SizeTokenizer
-) -> tuple[list[int], list[int]]:
-    """The ids of a conversation up to its helper image `number`, which is the only picture and opens the user's last
-    turn before it, and of the words behind it in the assistant's turn; both without spans."""
-    turns: list[dict[str, Any]] = []
-    seen = 0  # helper images
-    for message in messages:
-        content, is_own = message["content"], message["role"] == "assistant"
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        kept = [part for part in parts if is_own or part["type"] == "text"]
-        turns.append({"role": message["role"], "content": kept})
-        seen += sum(part["type"] == "image" for part in kept)
-        if seen > number:
-            break
-    asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if asked is None:
-        raise SampleError("messages", "no user's turn comes before a helper image. Add one, or set helper_question.")
-    before = sum(part["type"] == "image" for turn in turns[:asked] for part in turn["content"])
-    turns[asked]["content"].insert(0, {"type": "image"})
-    ids, own = tokenizer(turns, [*sizes[:before], sizes[number], *sizes[before:seen]])
-    latent_ids = tokenizer.whole.latent_token_ids
-    start, end = ([i for i, token in enumerate(ids) if token == mark][number] for mark in latent_ids[::2])
-    turn_end = next((i for i in range(end, len(ids)) if not own[i]), len(ids))
-    parts = ids[:start], ids[end + 1 : turn_end]
-    prompt, answer = ([token for token in part if token not in latent_ids] for part in parts)
-    return prompt, answer
-
-
-@cache
-def _asker(tokenizer: SizeTokenizer):
-    @cache
-    def ask(question: str, size: tuple[int, int]) -> list[int]:
-        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        return tokenizer(asked, [size], add_generation_prompt=True)[0]
-
-    return ask
-
-
 def add_followed_patches(
     dataset: Any, *, required: bool, name: str = "train", num_proc: int | None = None
 ) -> Dataset | IterableDataset:
@@ -316,7 +147,7 @@ def add_followed_patches(
     Raises:
         ValueError: if a row lacks what is required, or its list is not one number for each helper image.
     """
-    columns = _columns(dataset, name)
+    columns = columns_of(dataset, name)
     if FOLLOWED_PATCHES in columns or ("metadata" not in columns and not required):
         return dataset
     arguments = {"required": required, "name": name}
@@ -359,7 +190,7 @@ def add_tells_answer(dataset: Any, *, name: str = "train") -> Dataset | Iterable
     Raises:
         ValueError: if no row says so; of a stream, if it has no `metadata`.
     """
-    columns = _columns(dataset, name)
+    columns = columns_of(dataset, name)
     if TELLS_ANSWER in columns:
         return dataset
     missing = (
@@ -386,19 +217,6 @@ def _tells_answer(sample: dict) -> dict[str, bool]:
     return {TELLS_ANSWER: bool(json.loads(sample["metadata"] or "{}").get("tells_answer"))}
 
 
-def side_by_side(dataset: Dataset, added: Dataset) -> Dataset:
-    """A data set with the columns of another of as many rows; what it holds already is not written again."""
-    joined = concatenate_datasets([dataset, added], axis=1)
-    return Dataset(joined.data, joined.info, joined.split, fingerprint=f"{added._fingerprint}-ilvr")
-
-
-def processor_key(processor: ILVRProcessor) -> str:
-    """Names a processor's settings: what it makes of a conversation follows from these."""
-    return Hasher.hash(
-        [processor.to_json_string(), processor.chat_template, sorted(processor.tokenizer.get_vocab().items())]
-    )
-
-
 def _is_kept(sample: dict, index: int, *, max_length: int, name: str) -> bool:
     kept = sample["length"] <= max_length
     if not kept:
@@ -421,89 +239,3 @@ def _drop_long(dataset: Dataset, max_length: int, name: str) -> Dataset:
             f"dropped: {', '.join(dropped)}."
         )
     return dataset.select(kept)
-
-
-def prepare_sample(sample: dict, index: int, *, tokenizer: SizeTokenizer, name: str) -> dict[str, Any]:
-    """Checks and tokenizes one conversation.
-
-    Args:
-        sample (`dict`): a row, its images not decoded.
-        index (`int`), name (`str`): name the sample in errors.
-        tokenizer ([`~ilvr.data.token_counts.SizeTokenizer`]).
-
-    Returns:
-        `dict` with the columns of `FEATURES`.
-
-    Raises:
-        ValueError: names the sample, the field and the remedy.
-    """
-    where = f"Sample {index} of the {name} data"
-    try:
-        messages = checked_messages(sample)
-    except SampleError as error:
-        raise ValueError(f"{where}: {error}") from error
-    images = sample.get("images") or []
-    user_images, helper_images = assign_images(messages, len(images), where)
-    sizes = [image_size(image, f"{where}, image {i}") for i, image in enumerate(images)]
-    try:
-        input_ids, assistant_mask = tokenizer(messages, sizes)
-        check_spans(messages, input_ids, tokenizer.whole)
-    except SampleError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if not any(assistant_mask):
-        raise ValueError(f"{where} has no words of the assistant to learn from.")
-    return {
-        "input_ids": input_ids,
-        "assistant_mask": assistant_mask,
-        "length": len(input_ids),
-        "num_spans": len(helper_images),
-        USER_IMAGES: user_images,
-        HELPER_IMAGES: helper_images,
-    }
-
-
-def checked_messages(sample: dict) -> list[dict]:
-    """The turns of a sample; a prompt or completion that is a plain text is one turn.
-
-    Raises:
-        SampleError: if roles, contents or parts are others than TRL's vision conversations have.
-    """
-    if sample.get("messages") is None and "prompt" in sample:
-        turns = zip(("user", "assistant"), ("prompt", "completion"))
-        given = [(role, sample[column]) for role, column in turns]
-        messages = [
-            message
-            for role, turn in given
-            for message in ([{"role": role, "content": turn}] if isinstance(turn, str) else turn or [])
-        ]
-    else:
-        messages = sample.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise SampleError("messages", f"must be a list of turns, got {messages!r:.80}. Leave the sample out.")
-    for i, message in enumerate(messages):
-        role, content = (message.get(key) for key in ("role", "content"))
-        if role not in ROLES:
-            raise SampleError(f"messages[{i}].role", f"unknown role {role!r}. Use one of {', '.join(ROLES)}.")
-        if isinstance(content, str):
-            continue
-        if not isinstance(content, list):
-            raise SampleError(f"messages[{i}].content", f"must be a text or a list of parts, got {content!r:.80}.")
-        for j, part in enumerate(content):
-            kind, text = part.get("type"), part.get("text")
-            if kind not in ("text", "image"):
-                raise SampleError(f"messages[{i}].content[{j}]", f"unknown type {kind!r}. Use text or image.")
-            if kind == "text" and not isinstance(text, str):
-                raise SampleError(f"messages[{i}].content[{j}].text", f"must be a text, got {text!r:.80}.")
-    return messages
-
-
-def assign_images(messages: list[dict], num_images: int, where: str) -> tuple[list[int], list[int]]:
-    """Which images, by their number, belong to user turns, and which to assistant turns (helper images)."""
-    roles = image_roles(messages)
-    if len(roles) != num_images:
-        raise ValueError(
-            f"{where} has {len(roles)} image parts in its messages but {num_images} images. Each image needs one part "
-            "{'type': 'image'}, in the same order."
-        )
-    is_helper = [role == "assistant" for role in roles]
-    return [i for i, helper in enumerate(is_helper) if not helper], [i for i, helper in enumerate(is_helper) if helper]

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from ilvr.data.images import open_image
 
-from .data_preparation import (
+from .columns import (
     FEATURES,
     FOLLOWED_PATCHES,
     HELPER_ANSWERS,

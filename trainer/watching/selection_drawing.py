@@ -12,8 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ilvr.data.images import open_image
 
+from ..inputs.columns import HELPER_IMAGES
 from ..inputs.data_collator import HELPER_PREFIX, LatentBatch
-from ..inputs.data_preparation import HELPER_IMAGES, prepare_for
+from ..inputs.data_preparation import prepare_for
 from ..selection import Selection
 from .selection_pictures import selection_row, sheet, token_grid
 from .trackers import tensorboard_writer, trackio_module

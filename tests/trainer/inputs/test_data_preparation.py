@@ -12,7 +12,8 @@ from PIL import Image as PILImage
 
 from ilvr import ILVRProcessor
 from ilvr.data.token_counts import SizeTokenizer
-from ilvr.trainer.inputs.data_preparation import checked_messages, prepare_dataset
+from ilvr.trainer.inputs.data_preparation import prepare_dataset
+from ilvr.trainer.inputs.sample_preparation import checked_messages
 
 
 SIZES = [(32, 32), (31, 77), (200, 64), (123, 57), (640, 480)]
