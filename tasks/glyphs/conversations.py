@@ -73,6 +73,7 @@ def conversation(
     word_bits: int = 1,
     short_word_bits: int = 3,
     state_of: str = "followed",
+    tell_first: bool = False,
     latent_size: int = 1,
 ) -> dict[str, Any]:
     """One question about one board.
@@ -84,35 +85,39 @@ def conversation(
         word_bits (`int`), short_word_bits (`int`): of a pattern that a word says, in answers and `text`, and in the
             shortest spelling, see [`spelled`].
         state_of (`str`, *optional*, defaults to `"followed"`): the tile whose state a step tells, or `"moved"`.
+        tell_first (`bool`, *optional*, defaults to `False`): whether a step 0 tells the tile before the moves.
         latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
 
     Returns:
         `dict` with the columns of [`~ilvr.data.load_conversations`]. In a trace `metadata` has `helper_questions`.
     """
     moves = [move for move, _ in steps]
-    told = [told_cell(move, after, state_of) for move, after in steps]
-    patterns = [after[cell] for (_, after), cell in zip(steps, told)]
+    boards = [board, *(after for _, after in steps)]
+    told = [board.followed, *(told_cell(move, after, state_of) for move, after in steps)]
+    named = [cell_name(board.followed), *moves]
     builder = _asked(board, question_of(board.followed, moves, form))
     builder.add_turn("assistant", form)
-    for number, ((move, after), cell, pattern) in enumerate(zip(steps, told, patterns), start=1):
+    first = 0 if tell_first else 1
+    for number in range(first, len(boards)):
+        cell, pattern = told[number], boards[number][told[number]]
         add_step(
-            *(builder, form, f" {number} {move}"),
+            *(builder, form, f" {number} {named[number]}"),
             state=f" {cell_name(cell)} {spelled(pattern, word_bits)}",
             short_state=f" {spelled(pattern, short_word_bits)} {cell_name(cell)}",
-            picture=lambda after=after: render_glyph_board(after),
+            picture=lambda number=number: render_glyph_board(boards[number]),
             latent_size=latent_size,
         )
-    last = steps[-1][1]
+    last = boards[-1]
     answer = spelled(last[last.followed], word_bits)
     builder.add_text(f" \\boxed{{ {answer}}}", "answer")
     metadata = {
         "tiles": list(board.tiles),
         "tile": cell_name(board.followed),
         "moves": moves,
-        "followed": [patch_of(cell, board.size) for cell in told],
+        "followed": [patch_of(cell, board.size) for cell in told[first:]],
         "tells_answer": told[-1] == last.followed,
-        "last_told": spelled(patterns[-1], word_bits),
-        "helper_questions": [WHAT.format(cell_name(cell)) for cell in told] if form == "trace" else None,
+        "last_told": spelled(last[told[-1]], word_bits),
+        "helper_questions": [WHAT.format(cell_name(cell)) for cell in told[first:]] if form == "trace" else None,
     }
     return builder.finish(metadata, set(), answer)
 

@@ -27,7 +27,7 @@ from .conversations import (
 from .rendering import render_glyph_board
 
 
-CONVERSATION_SETTINGS = ("word_bits", "short_word_bits", "state_of", "latent_size")
+CONVERSATION_SETTINGS = ("word_bits", "short_word_bits", "state_of", "tell_first", "latent_size")
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Glyphs(Task):
         state_of (`str`, *optional*, defaults to `"followed"`): whose pattern a step tells, by latents or in words: of
             the tile that is `"followed"`, or of the one that the move `"moved"`. The first leaves it to the model to
             keep what moves do to tiles whose dots are taken.
+        tell_first (`bool`, *optional*, defaults to `False`): whether a step 0 tells the tile before the moves. With
+            it a question may have no moves.
         base_tiles (`int`, *optional*, defaults to 4): tiles of a picture that a small backbone is asked about.
         base_moves (`tuple[int, ...]`, *optional*, defaults to `(1, 1, 2)`): and moves of each question to do at once.
         latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.
@@ -78,6 +80,7 @@ class Glyphs(Task):
     weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     touch: float = TOUCH
     state_of: str = "followed"
+    tell_first: bool = False
     base_tiles: int = 4
     base_moves: tuple[int, ...] = (1, 1, 2)
     latent_size: int = 1
@@ -94,10 +97,13 @@ class Glyphs(Task):
                 "Boards of glyphs have size 1 to 5, patterns side 2 to 5, and touch is a share, got size "
                 f"{self.size}, side {self.side}, touch {self.touch}."
             )
+        fewest = 0 if self.tell_first else 1
         for name in ("lengths", "test_lengths"):
             values = getattr(self, name)
-            if len(values) != 2 or not 1 <= values[0] <= values[1]:
-                raise ValueError(f"{name} must be a fewest and a most number of moves, from 1 on, got {values}.")
+            if len(values) != 2 or not fewest <= values[0] <= values[1]:
+                raise ValueError(
+                    f"{name} must be a fewest and a most number of moves, from {fewest} on, got {values}."
+                )
         if set(self.weights) - set(KINDS) or min(self.weights.values(), default=0) < 0 or not self._total() > 0:
             raise ValueError(f"weights must name some of {', '.join(KINDS)}, not all 0, got {self.weights}.")
         needs_neighbours = self.touch < 1 or any(self.weights.get(kind) for kind in set(KINDS) - set(WAYS))
@@ -145,9 +151,10 @@ class Glyphs(Task):
         return f"{len(json.loads(sample['metadata'])['moves'])} moves"
 
     def draw(self, sample: dict[str, Any], answer: str) -> list[tuple[str, Image.Image]]:
-        """The board after each move."""
+        """The board after each move, and before them if a step tells it."""
         metadata = json.loads(sample["metadata"])
-        board, pictures = board_of(metadata), []
+        board = board_of(metadata)
+        pictures = [("at first", render_glyph_board(board))] if self.tell_first else []
         for move in metadata["moves"]:
             board = board.move(move)
             pictures.append((f"after {move}", render_glyph_board(board)))

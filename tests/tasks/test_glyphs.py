@@ -11,7 +11,7 @@ from task_forms import check_forms, check_refusals, check_vocabulary, words_of
 from ilvr.data.images import open_image
 from ilvr.evaluation import load_metric, score_each
 from ilvr.tasks import load_task
-from ilvr.tasks.cells import all_cells, cell_name, cell_of
+from ilvr.tasks.cells import all_cells, cell_name, cell_of, patch_of
 from ilvr.tasks.glyphs import GlyphBoard, render_glyph_board
 from ilvr.tasks.glyphs.board import KINDS, TOUCH, WEIGHTS, all_moves, parse_move, sample_board, sample_moves
 from ilvr.tasks.glyphs.conversations import alphabet, spelled
@@ -207,6 +207,32 @@ def test_a_step_may_tell_of_the_tile_that_it_moved():
     assert tells == {True, False}
 
 
+def test_a_step_may_tell_the_tile_before_the_moves():
+    given = {"boards": 1, "test_boards": 20, "lengths": [0, 2], "latent_size": 2}
+    with_first, numbers = load_task("glyphs", **given, tell_first=True), set()
+    for form in ("trace", "text", "text_equal", "pads"):
+        for sample in with_first.dataset("test", form):
+            metadata = json.loads(sample["metadata"])
+            tile, board = metadata["tile"], GlyphBoard(tuple(metadata["tiles"]), cell_of(metadata["tile"]))
+            pattern = board[board.followed]
+            state = {"text": f" {tile} {' '.join(pattern)}", "trace": "", "pads": " …" * 4}
+            state["text_equal"] = f" {spelled(pattern, 3)} {tile}"[:8]
+            words = words_of(sample, "assistant")
+            assert words.startswith(f" 0 {tile}{state[form]}")
+            if not metadata["moves"]:
+                assert words == f" 0 {tile}{state[form]} \\boxed{{ {sample['answer']}}}"
+                assert sample["answer"] == " ".join(pattern)
+            numbers.add(len(metadata["moves"]))
+            if form == "trace":
+                places = with_first.followed_patches(sample)
+                assert places[0] == patch_of(board.followed, 4) and len(places) == len(metadata["moves"]) + 1
+                assert metadata["helper_questions"][0] == f"What is on {tile}?"
+                assert np.array_equal(open_image(sample["images"][1], "board"), render_glyph_board(board))
+                captions = [caption for caption, _ in with_first.draw(sample, "")]
+                assert captions == ["at first", *(f"after {move}" for move in metadata["moves"])]
+    assert numbers == {0, 1, 2}
+
+
 def test_the_last_span_of_another_sample_leads_to_its_answer():
     task = load_task("glyphs", boards=2, test_boards=2)
     one, other = task.dataset("test")
@@ -275,6 +301,8 @@ def test_refusals():
         ({"size": 1, "touch": 1, "weights": {"print": 1}}, "keep to turn and flip in weights.*got {'print': 1}"),
         ({"size": 1, "weights": {"turn": 1}}, "one tile has no neighbours.*and 0.6"),
         ({"lengths": [5, 4]}, r"lengths must be a fewest and a most.*\[5, 4\]"),
+        ({"lengths": [0, 4]}, r"from 1 on, got \[0, 4\]"),
+        ({"lengths": [-1, 4], "tell_first": True}, r"from 0 on, got \[-1, 4\]"),
         (
             {"weights": {"jump": 1}},
             "weights must name some of swap, turn, flip, stamp, print, erase, not all 0, got {'jump': 1}",
