@@ -265,16 +265,30 @@ def rules_of_shifts(found: Found) -> list[Rule]:
 
 
 def rules_of_glyphs(found: Found) -> list[Rule]:
-    """The bar of glyphs: 20 points above words in as many positions, and so at six moves."""
-    arms = ["oracle2", "text_equal2"]
+    """The bar of glyphs, for moves learned at once and in small steps: 20 points above words in as many positions, and
+    so at six moves; and that the latents are used."""
 
-    def above_words(group: str | None = None) -> tuple[str, bool]:
+    def above_words(arms: list[str], group: str | None = None) -> tuple[str, bool]:
         gap = gap_between(found, *arms, group=group)
         return points(gap), 100 * gap.low >= 20
 
+    def swapped() -> tuple[str, bool]:
+        own, other = (as_bools(pooled_answers(found, small[0], control=name)) for name in ("own", "another_sample"))
+        gap = paired_difference(own, other)
+        return points(gap), 100 * gap.low >= 60
+
+    def donor() -> tuple[str, bool]:
+        share = rate(pooled_answers(found, small[0], control="donor"))
+        return f"{share:.1f} %", share >= 90
+
+    at_once, small = ["oracle2", "text_equal2"], ["several2", "words_several2"]
     return [
-        ("20 points above words in as many positions", arms, above_words),
-        ("… at six moves", arms, partial(above_words, "6 moves")),
+        ("20 points above words in as many positions", at_once, partial(above_words, at_once)),
+        ("… at six moves", at_once, partial(above_words, at_once, "6 moves")),
+        ("in small steps: 20 points above words in as many positions", small, partial(above_words, small)),
+        ("… at six moves", small, partial(above_words, small, "6 moves")),
+        ("… another sample's latents cost 60 points", small[:1], swapped),
+        ("… the donor of the last span is followed in 90 %", small[:1], donor),
     ]
 
 

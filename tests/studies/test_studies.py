@@ -183,13 +183,19 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
 
 
 def test_the_bar_of_glyphs_is_judged_at_six_moves_too():
-    found = {"oracle2": {0: results("oracle2", 0, "1" * 50 + "1" * 30 + "0" * 20)}}
-    found["text_equal2"] = {0: results("text_equal2", 0, "1" * 10 + "0" * 40 + "1" * 18 + "0" * 32)}
-    for runs in found.values():
-        runs[0]["tests"]["trained"]["groups"] = ["2 moves"] * 50 + ["6 moves"] * 50
-    every, six = page.rules_table(page.rules_of_glyphs(found), found).splitlines()[2:]
-    assert "+52.0 (" in every and "yes, so far" in every
-    assert "+24.0 (" in six and "**no**" in six  # the lower end counts
+    controls = {"own": "1" * 200, "another_sample": "0" * 150 + "1" * 50, "donor": "1" * 85 + "0" * 15}
+    for latents, words, judged in (("oracle2", "text_equal2", 0), ("several2", "words_several2", 2)):
+        found = {latents: {0: results(latents, 0, "1" * 50 + "1" * 30 + "0" * 20, controls)}}
+        found[words] = {0: results(words, 0, "1" * 10 + "0" * 40 + "1" * 18 + "0" * 32)}
+        for runs in found.values():
+            runs[0]["tests"]["trained"]["groups"] = ["2 moves"] * 50 + ["6 moves"] * 50
+        lines = page.rules_table(page.rules_of_glyphs(found), found).splitlines()[2:]
+        every, six = lines[judged : judged + 2]
+        assert "+52.0 (" in every and "yes, so far" in every
+        assert "+24.0 (" in six and "**no**" in six  # the lower end counts
+        assert [number for number, line in enumerate(lines) if "not run" in line] == ([2, 3, 4, 5], [0, 1])[judged > 0]
+    assert "+75.0 (" in lines[4] and "yes, so far" in lines[4]
+    assert "85.0 %" in lines[5] and "**no**" in lines[5]
 
 
 def test_what_an_arm_loses_without_an_ingredient():
