@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from helpers import make_sample, make_trainer
 from PIL import Image
 
+from benchmarks import selection
 from benchmarks.measure import alternate, peak_memory, ratio
 from benchmarks.model import whole_teacher
 from benchmarks.reference import reference_stage1_step, reference_stage2_step
+from ilvr.tasks import load_task
 
 
 NOISE = np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8)  # candidates that differ
@@ -123,3 +126,20 @@ def test_sides_alternate_and_rounds_are_compared_in_pairs():
     assert order == ["a", "b"] * 3 and len(times["a"]["seconds"]) == 2
     assert ratio([1.0, 20.0, 3.0], [2.0, 40.0, 2.0]) == 0.5  # a slow round of both changes nothing
     assert ratio([3.0], [1.0, 2.0, 3.0]) == 1.5
+
+
+def test_ways_of_selecting_are_compared_on_the_same_pictures(model, processor, tmp_path, monkeypatch, capsys):
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(selection, "prepare", lambda threads: None)  # of the process as a whole
+    monkeypatch.setattr("sys.argv", ["selection", str(tmp_path), "--traces", "1", "--rounds", "1"])
+    selection.main()
+    counted, table = capsys.readouterr().out.split("\n\n")[-2:]
+    traces = load_task("shifts", boards=1, test_boards=1, lengths=(4, 10), seed=1).dataset("train")
+    pictures = sum(len(json.loads(metadata)["followed"]) for metadata in traces["metadata"])
+    assert f"{pictures} pictures; ms a picture" in counted and f"of batches of 8 traces with {pictures}" in counted
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(selection.SIDES)
+    for _, share, milliseconds in rows:  # of `pictures`, to a digit
+        assert any(share == f"{100 * found / pictures:.1f}" for found in range(pictures + 1))
+        assert float(milliseconds) >= 0
