@@ -185,8 +185,11 @@ def run_recipe(recipe: Recipe) -> None:
             questions = Questions.of_task(task)
             trainer.add_callback(SwapGapCallback(trainer, questions, **{**asked, **recipe.swap_gap}))
         cards[phase] = train(phase, trainer, settings, recipe)
+    # The others leave without a barrier, which an evaluation may well outlast; a group that is left open can abort a
+    # process that ends (https://github.com/pytorch/pytorch/pull/179291).
+    PartialState().destroy_process_group()
     if not PartialState().is_main_process:
-        return  # without a barrier, which an evaluation may well outlast
+        return
     (model,) = release_memory(model)
     if recipe.lora:
         load_whole(recipe, list(cards)[-1]).save_pretrained(f"{recipe.output_dir}/merged")

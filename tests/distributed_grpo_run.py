@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Image, List
 from distributed_run import shard_on_cpu, whole
 from helpers import SAMPLES, make_dataset, make_image
@@ -118,6 +119,7 @@ def main(runs_file: str, output_dir: str):
         shard_on_cpu()
     for name, settings in json.loads(Path(runs_file).read_text()).items():
         run(name, Path(output_dir), **settings)
+    PartialState().destroy_process_group()  # an open one can abort a process that ends
 
 
 if __name__ == "__main__":

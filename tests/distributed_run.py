@@ -73,6 +73,7 @@ def main(runs_file: str, output_dir: str):
         shard_on_cpu()
     for name, settings in json.loads(Path(runs_file).read_text()).items():
         run(name, Path(output_dir), **settings)
+    PartialState().destroy_process_group()  # an open one can abort a process that ends
 
 
 if __name__ == "__main__":
