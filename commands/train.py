@@ -186,7 +186,7 @@ def run_recipe(recipe: Recipe) -> None:
             trainer.add_callback(SwapGapCallback(trainer, questions, **{**asked, **recipe.swap_gap}))
         cards[phase] = train(phase, trainer, settings, recipe)
     # The others leave without a barrier, which an evaluation may well outlast; a group that is left open can abort a
-    # process that ends (https://github.com/pytorch/pytorch/pull/179291).
+    # process that ends, as https://github.com/pytorch/pytorch/pull/179291 describes.
     PartialState().destroy_process_group()
     if not PartialState().is_main_process:
         return

@@ -237,58 +237,58 @@ def rules_of_shifts(found: Found) -> list[Rule]:
         gap = gap_between(found, "oracle2", "stage2")
         return points(gap), 100 * gap.value <= 1
 
-    def swapped() -> tuple[str, bool]:
-        own, other = (as_bools(pooled("stage2", control=name)) for name in ("own", "another_sample"))
-        gap = paired_difference(own, other)
-        return points(gap), 100 * gap.low >= 60
-
     def keeps() -> tuple[str, bool]:
         gap = gap_between(found, "stage2", "stage1")
         return points(gap), gap.value >= 0
 
-    controls = [result["tests"]["trained"].get("controls", {}) for result in found.get("stage2", {}).values()]
-    has_donors = all("donor" in own for own in controls)  # only samples with spans have any
+    cost, followed = rules_of_use(found, "stage2")
     return [
         ("accuracy at least 98 %", ["stage2"], share(98)),
         ("at most 1 point below the oracle", ["stage2", "oracle2"], oracle),
         ("50 points above answer-only", ["stage2", "answer_only"], above("answer_only")),
         ("50 points above the deeper answer-only", ["stage2", "answer_only_deep"], above("answer_only_deep")),
-        ("another sample's latents cost 60 points", ["stage2"], swapped),
-        (
-            "the donor of the last span is followed in 90 %",
-            ["stage2"] if has_donors else [],
-            share(90, control="donor"),
-        ),
+        cost,
+        followed,
         ("stage 2 at least as good as stage 1", ["stage2", "stage1"], keeps),
         ("80 % on *longer*", ["stage2"], share(80, test="longer")),
     ]
 
 
+def rules_of_use(found: Found, arm: str) -> list[Rule]:
+    """Whether the latents of an arm are used: what others cost, and whose answer it gives with them."""
+
+    def swapped() -> tuple[str, bool]:
+        own, other = (as_bools(pooled_answers(found, arm, control=name)) for name in ("own", "another_sample"))
+        gap = paired_difference(own, other)
+        return points(gap), 100 * gap.low >= 60
+
+    def followed() -> tuple[str, bool]:
+        share = rate(pooled_answers(found, arm, control="donor"))
+        return f"{share:.1f} %", share >= 90
+
+    controls = [result["tests"]["trained"].get("controls", {}) for result in found.get(arm, {}).values()]
+    has_donors = all("donor" in own for own in controls)  # only samples with spans have any
+    return [
+        ("another sample's latents cost 60 points", [arm], swapped),
+        ("the donor of the last span is followed in 90 %", [arm] if has_donors else [], followed),
+    ]
+
+
 def rules_of_glyphs(found: Found) -> list[Rule]:
     """The bar of glyphs, for moves learned at once and in small steps: 20 points above words in as many positions, and
-    so at six moves; and that the latents are used."""
+    so at six moves. Of the small steps also that the latents are used."""
+    at_once, small = ["oracle2", "text_equal2"], ["several2", "words_several2"]
 
     def above_words(arms: list[str], group: str | None = None) -> tuple[str, bool]:
         gap = gap_between(found, *arms, group=group)
         return points(gap), 100 * gap.low >= 20
 
-    def swapped() -> tuple[str, bool]:
-        own, other = (as_bools(pooled_answers(found, small[0], control=name)) for name in ("own", "another_sample"))
-        gap = paired_difference(own, other)
-        return points(gap), 100 * gap.low >= 60
-
-    def donor() -> tuple[str, bool]:
-        share = rate(pooled_answers(found, small[0], control="donor"))
-        return f"{share:.1f} %", share >= 90
-
-    at_once, small = ["oracle2", "text_equal2"], ["several2", "words_several2"]
     return [
         ("20 points above words in as many positions", at_once, partial(above_words, at_once)),
         ("… at six moves", at_once, partial(above_words, at_once, "6 moves")),
         ("in small steps: 20 points above words in as many positions", small, partial(above_words, small)),
         ("… at six moves", small, partial(above_words, small, "6 moves")),
-        ("… another sample's latents cost 60 points", small[:1], swapped),
-        ("… the donor of the last span is followed in 90 %", small[:1], donor),
+        *((f"… {rule}", arms, measure) for rule, arms, measure in rules_of_use(found, small[0])),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Questions about glyphs as conversations in TRL's vision format; helper images show the board after each move.
+"""Questions about glyphs as conversations in TRL's vision format; helper images show the board of each step.
 
 The words of a trace number and name each move and never say what it leads to: that is left to the latents.
 """
@@ -85,7 +85,7 @@ def conversation(
         word_bits (`int`), short_word_bits (`int`): of a pattern that a word says, in answers and `text`, and in the
             shortest spelling, see [`spelled`].
         state_of (`str`, *optional*, defaults to `"followed"`): the tile whose state a step tells, or `"moved"`.
-        tell_first (`bool`, *optional*, defaults to `False`): whether a step 0 tells the tile before the moves.
+        tell_first (`bool`, *optional*, defaults to `False`): whether a step 0 tells the followed tile at first.
         latent_size (`int`, *optional*, defaults to 1): latents of a span, see [`~ilvr.tasks.forms.add_step`].
 
     Returns:

@@ -88,7 +88,7 @@ def measure_floors(
     """What each floor scores on questions of test boards.
 
     Args:
-        number_of_moves (`int`): of each question.
+        number_of_moves (`int`): of each question, 1 or more.
         episodes (`int`, *optional*, defaults to 4000): questions.
         seed (`int`, *optional*, defaults to 0): of boards and moves.
         size (`int`), side (`int`), weights (`dict`), touch (`float`): as those of [`~glyphs.Glyphs`].

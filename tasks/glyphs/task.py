@@ -58,8 +58,8 @@ class Glyphs(Task):
         state_of (`str`, *optional*, defaults to `"followed"`): whose pattern a step tells, by latents or in words: of
             the tile that is `"followed"`, or of the one that the move `"moved"`. The first leaves it to the model to
             keep what moves do to tiles whose dots are taken.
-        tell_first (`bool`, *optional*, defaults to `False`): whether a step 0 tells the tile before the moves. With
-            it a question may have no moves.
+        tell_first (`bool`, *optional*, defaults to `False`): whether a step 0 tells the followed tile, whatever
+            `state_of` says, as it is in the picture. With it a question may have no moves.
         base_tiles (`int`, *optional*, defaults to 4): tiles of a picture that a small backbone is asked about.
         base_moves (`tuple[int, ...]`, *optional*, defaults to `(1, 1, 2)`): and moves of each question to do at once.
         latent_size (`int`, *optional*, defaults to 1): the model's; `text_equal` and `pads` are as long as its spans.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from helpers import make_image
 from transformers import Qwen2_5_VLConfig
 
@@ -40,11 +41,16 @@ def parse(path, *arguments):
     return read_recipe(build_parser().parse_args(["train", str(path), *arguments]))
 
 
-def test_the_main_job(tmp_path, capfd):
+def test_the_main_job(tmp_path, capfd, monkeypatch):
     """Base, control, both stages, evaluation, cards, picture, and the reload in a fresh process, which compares."""
     recipe_file = tmp_path / "tiny.yaml"
     recipe_file.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run")}))
+    done, train_phase, evaluate = [], train.train, train.evaluate_checkpoints
+    monkeypatch.setattr(train, "train", lambda *args: done.append(args[0]) or train_phase(*args))
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda self: done.append("group closed"))
+    monkeypatch.setattr(train, "evaluate_checkpoints", lambda *a, **k: done.append("evaluation") or evaluate(*a, **k))
     train.run_recipe(parse(recipe_file))
+    assert done == ["base", "answer_only", "stage1", "stage2", "group closed", "evaluation"]
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())
     assert list(results) == ["base", "answer_only", "stage1", "stage2"]

@@ -93,6 +93,8 @@ def test_an_arm_may_train_on_other_settings_of_the_task():
     study = Study.load("studies/glyphs.yaml")
     assert study.task_of(0, arm="base1").size == 1 and study.task_of(0, arm="base").size == study.task_of(0).size == 2
     assert study.task_of(0, arm="oracle_few").lengths == [1, 2] and study.task_of(0, "trained").lengths == [2, 6]
+    # The prompts are the same with and without a step 0, and so are the last span's answer and donor.
+    assert study.task_of(0, arm="several").tell_first and not study.task_of(0, "trained").tell_first
 
 
 def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypatch, capsys):
@@ -182,7 +184,8 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
     assert lines["another sample's latents cost 60 points"][0] == "+100.0 (+100.0 – +100.0)"
 
 
-def test_the_bar_of_glyphs_is_judged_at_six_moves_too():
+def test_the_bar_of_glyphs():
+    """Over all lengths and at six moves, of both recipes; of the small steps also whether their latents are used."""
     controls = {"own": "1" * 200, "another_sample": "0" * 150 + "1" * 50, "donor": "1" * 85 + "0" * 15}
     for latents, words, judged in (("oracle2", "text_equal2", 0), ("several2", "words_several2", 2)):
         found = {latents: {0: results(latents, 0, "1" * 50 + "1" * 30 + "0" * 20, controls)}}
@@ -196,6 +199,19 @@ def test_the_bar_of_glyphs_is_judged_at_six_moves_too():
         assert [number for number, line in enumerate(lines) if "not run" in line] == ([2, 3, 4, 5], [0, 1])[judged > 0]
     assert "+75.0 (" in lines[4] and "yes, so far" in lines[4]
     assert "85.0 %" in lines[5] and "**no**" in lines[5]
+
+
+def test_whether_latents_are_used():
+    """The lower end of what another sample's cost counts; without a donor there is nothing to follow."""
+    for cost, donor, holds in ((190, 95, ["yes", "yes"]), (128, 85, ["**no**", "**no**"])):
+        controls = {"own": "1" * 200, "another_sample": "1" * (200 - cost) + "0" * cost}
+        controls["donor"] = "1" * donor + "0" * (100 - donor)
+        found = {"stage2": {0: results("stage2", 0, "1", controls)}}
+        lines = page.rules_table(page.rules_of_use(found, "stage2"), found).splitlines()[2:]
+        assert f"+{cost / 2:.1f} (" in lines[0] and f"{donor}.0 %" in lines[1]
+        assert all(verdict in line for verdict, line in zip(holds, lines))
+    del controls["donor"]
+    assert "not run" in page.rules_table(page.rules_of_use(found, "stage2"), found).splitlines()[3]
 
 
 def test_what_an_arm_loses_without_an_ingredient():

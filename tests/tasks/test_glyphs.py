@@ -207,30 +207,45 @@ def test_a_step_may_tell_of_the_tile_that_it_moved():
     assert tells == {True, False}
 
 
-def test_a_step_may_tell_the_tile_before_the_moves():
-    given = {"boards": 1, "test_boards": 20, "lengths": [0, 2], "latent_size": 2}
-    with_first, numbers = load_task("glyphs", **given, tell_first=True), set()
+@pytest.mark.parametrize("state_of", ["followed", "moved"])
+def test_a_step_0_comes_before_what_is_told_anyway(state_of):
+    """It tells the followed tile as it is in the picture, and changes nothing else."""
+    given = {"boards": 1, "test_boards": 10, "lengths": [1, 3], "latent_size": 2, "state_of": state_of, "touch": 0.5}
+    without, with_first = load_task("glyphs", **given), load_task("glyphs", **given, tell_first=True)
     for form in ("trace", "text", "text_equal", "pads"):
-        for sample in with_first.dataset("test", form):
-            metadata = json.loads(sample["metadata"])
-            tile, board = metadata["tile"], GlyphBoard(tuple(metadata["tiles"]), cell_of(metadata["tile"]))
+        for plain, sample in zip(without.dataset("test", form), with_first.dataset("test", form), strict=True):
+            before, after = (json.loads(row["metadata"]) for row in (plain, sample))
+            tile, board = after["tile"], GlyphBoard(tuple(after["tiles"]), cell_of(after["tile"]))
             pattern = board[board.followed]
             state = {"text": f" {tile} {' '.join(pattern)}", "trace": "", "pads": " …" * 4}
-            state["text_equal"] = f" {spelled(pattern, 3)} {tile}"[:8]
-            words = words_of(sample, "assistant")
-            assert words.startswith(f" 0 {tile}{state[form]}")
-            if not metadata["moves"]:
-                assert words == f" 0 {tile}{state[form]} \\boxed{{ {sample['answer']}}}"
-                assert sample["answer"] == " ".join(pattern)
-            numbers.add(len(metadata["moves"]))
+            state["text_equal"] = f" {spelled(pattern, 3)} {tile[0]}"  # four words
+            assert words_of(sample, "assistant") == f" 0 {tile}{state[form]}" + words_of(plain, "assistant")
+            assert words_of(sample, "user") == words_of(plain, "user") and sample["answer"] == plain["answer"]
+            assert with_first.group(sample) == without.group(plain)
+            own = ["followed"]
             if form == "trace":
-                places = with_first.followed_patches(sample)
-                assert places[0] == patch_of(board.followed, 4) and len(places) == len(metadata["moves"]) + 1
-                assert metadata["helper_questions"][0] == f"What is on {tile}?"
-                assert np.array_equal(open_image(sample["images"][1], "board"), render_glyph_board(board))
-                captions = [caption for caption, _ in with_first.draw(sample, "")]
-                assert captions == ["at first", *(f"after {move}" for move in metadata["moves"])]
-    assert numbers == {0, 1, 2}
+                own += ["helper_questions"]
+                first, *others = sample["images"][1:]
+                assert np.array_equal(open_image(first, "board"), render_glyph_board(board))
+                assert others == plain["images"][1:]
+                assert after["helper_questions"][0] == f"What is on {tile}?"
+            assert after["followed"][0] == patch_of(board.followed, 4)
+            assert {**after, **{name: after[name][1:] for name in own}} == before
+            (caption, picture), *others = with_first.draw(sample, "")
+            assert caption == "at first" and np.array_equal(picture, render_glyph_board(board))
+            assert [name for name, _ in others] == [name for name, _ in without.draw(plain, "")]
+
+
+def test_with_a_step_0_a_question_may_have_no_moves():
+    settings = {"size": 1, "weights": {"turn": 1}, "touch": 1, "lengths": [0, 0], "tell_first": True}
+    task = load_task("glyphs", boards=1, test_boards=2, **settings)
+    forms = check_forms(task, "test", 1)
+    one, other = forms["trace"]
+    for sample in (one, other):
+        pattern = " ".join(json.loads(sample["metadata"])["tiles"][0])
+        assert words_of(sample, "assistant") == f" 0 a x \\boxed{{ {pattern}}}" and sample["answer"] == pattern
+        assert task.group(sample) == "0 moves" and task.followed_patches(sample) == [0]
+    assert task.donor_reference(one, other) == other["answer"] != one["answer"]
 
 
 def test_the_last_span_of_another_sample_leads_to_its_answer():

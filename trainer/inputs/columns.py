@@ -37,7 +37,7 @@ def columns_of(dataset: Any, name: str) -> list[str]:
     """The columns of the data set that is called `name`.
 
     Raises:
-        ValueError: if it is none, has no samples or has no conversations.
+        ValueError: if it is none, has no samples or has neither conversations nor what preparation makes of them.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(

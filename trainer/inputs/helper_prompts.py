@@ -40,12 +40,12 @@ def add_helper_prompts(
     the user's turn in place of the user's own, and the words that follow it in the assistant's turn.
 
     Args:
-        dataset: of [`prepare_dataset`].
+        dataset: of [`~ilvr.trainer.inputs.data_preparation.prepare_dataset`].
         processor ([`ILVRProcessor`]).
         question (`str`, *optional*): asked of each helper image, unless a row's `metadata` holds `helper_questions`,
             a list with one for each.
         trace_answers (`bool`, *optional*, defaults to `True`): whether a trace may ask and answer itself.
-        name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as there.
+        name (`str`, *optional*, defaults to `"train"`), num_proc (`int`, *optional*): as in that one.
 
     Raises:
         ValueError: if a row has not as many questions as helper images, if a trace without one says nothing after a

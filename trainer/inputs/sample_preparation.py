@@ -18,7 +18,7 @@ def prepare_sample(sample: dict, index: int, *, tokenizer: SizeTokenizer, name: 
         tokenizer ([`~ilvr.data.token_counts.SizeTokenizer`]).
 
     Returns:
-        `dict` with the columns of `FEATURES`.
+        `dict` with the columns of [`~ilvr.trainer.inputs.columns.FEATURES`].
 
     Raises:
         ValueError: names the sample, the field and the remedy.
