@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model, release_memory
+from accelerate.utils import release_memory
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import TrainerState
 
 from ilvr import ILVRForConditionalGeneration, ILVRProcessor
@@ -63,7 +63,7 @@ def make_trainer(
     both: dict[str, Any] = {"train_dataset": data, "processing_class": processor}
     if rewards is not None:
         return ILVRGRPOTrainer(model, rewards, ILVRGRPOConfig(**settings), **both)
-    adapter = LoraConfig(**lora) if lora and not is_peft_model(model) else None
+    adapter = LoraConfig(**lora) if lora and not isinstance(model, PeftModel) else None
     return ILVRTrainer(model, ILVRTrainingConfig(**settings), peft_config=adapter, **both)
 
 
@@ -109,7 +109,7 @@ def load(recipe: Recipe, phase: str) -> Any:
 def load_whole(recipe: Recipe, phase: str) -> Any:
     """The same, with an adapter merged into the model."""
     model = load(recipe, phase)
-    return model.merge_and_unload() if is_peft_model(model) else model
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def load_data(recipe: Recipe) -> tuple[Any, Task | None]:

@@ -1,5 +1,6 @@
 """Tiny random models for all tests: nothing is downloaded, nothing needs a network."""
 
+import gc
 import os
 
 
@@ -22,6 +23,11 @@ LATENT_SIZE = 3
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # for tiny models a second thread only waits
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: a training collects garbage several times, and would walk all of torch each time."""
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):

@@ -3,6 +3,7 @@
 torchrun … distributed_grpo_run.py RUNS.json OUTPUT_DIR
 """
 
+import gc
 import json
 import os
 import sys
@@ -115,6 +116,7 @@ def run(name: str, output_dir: Path, *, folder: str, batch_size: int, resume: in
 
 def main(runs_file: str, output_dir: str):
     torch.set_num_threads(1)
+    gc.freeze()  # each run collects garbage several times, and would walk all of torch
     if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_cpu()
     for name, settings in json.loads(Path(runs_file).read_text()).items():

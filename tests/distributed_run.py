@@ -3,6 +3,7 @@
 torchrun … distributed_run.py RUNS.json OUTPUT_DIR
 """
 
+import gc
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ def run(
 
 
 def main(runs_file: str, output_dir: str):
+    gc.freeze()  # each run collects garbage several times, and would walk all of torch
     if "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         shard_on_cpu()
     for name, settings in json.loads(Path(runs_file).read_text()).items():

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
@@ -124,11 +123,11 @@ class ILVRGRPOTrainer(DurableTrainer, GRPOTrainer):
         warn_of_slow_bf16(base_model, args)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
-        if peft_config is not None and not is_peft_model(model):
+        if peft_config is not None and not isinstance(model, PeftModel):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
 
         # TRL loads a reference by the name of the model, which is that of a backbone or of an earlier phase.
-        adapts = peft_config is not None or is_peft_model(model)
+        adapts = peft_config is not None or isinstance(model, PeftModel)
         reference = copy.deepcopy(model) if args.beta and not adapts else None
         beta, sync = args.beta, args.sync_ref_model
         if reference is not None:

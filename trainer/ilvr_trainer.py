@@ -9,9 +9,8 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import CONFIG_NAME, logging
@@ -114,7 +113,7 @@ class ILVRTrainer(DurableTrainer, SFTTrainer):
         warn_of_slow_bf16(base_model, args)
         if args.freeze_vision_tower:
             freeze_vision_tower(base_model)
-        if peft_config is not None and not is_peft_model(model):
+        if peft_config is not None and not isinstance(model, PeftModel):
             peft_config = complete_peft_config(peft_config, model, freeze_vision=args.freeze_vision_tower)
         self.keeps_teacher = args.aligns
         self.attention_rule = attention_rule

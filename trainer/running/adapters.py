@@ -3,12 +3,12 @@
 import copy
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 
 
 def ilvr_model(model: Any) -> Any:
     """The ILVR model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if is_peft_model(model) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def vision_modules(model: Any) -> list[str]:
@@ -66,7 +66,7 @@ def complete_reference_adapter(model: Any) -> None:
 
     TRL copies weights by names that go on after the adapter's; theirs end with it.
     """
-    if not is_peft_model(model) or "ref" not in model.peft_config:
+    if not isinstance(model, PeftModel) or "ref" not in model.peft_config:
         return
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

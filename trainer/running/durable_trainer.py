@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from filelock import FileLock, Timeout
+from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
@@ -288,7 +288,7 @@ class DurableTrainer(_Trainer):
             repo_id=self.hub_model_id,
             base_model=config.vlm_config._name_or_path or None,
             training=training if self.state.global_step else None,
-            is_adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
+            is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
         )
 
     def create_model_card(
@@ -306,6 +306,6 @@ class DurableTrainer(_Trainer):
             folder = output_dir or self.args.output_dir
             if folder == self.args.output_dir:  # what `push_to_hub` uploads: a pickle runs code when it is read
                 Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            if is_peft_model(self.accelerator.unwrap_model(self.model)):
+            if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
                 self.student.config.save_pretrained(folder)  # an adapter does not say how many latents a span has
             self.model_card().save(folder)

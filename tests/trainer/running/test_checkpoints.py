@@ -1,5 +1,6 @@
 """Killed runs: processes that die by SIGKILL after steps and while they write, and what resumes them."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -100,6 +101,7 @@ def die_while_writing(file: str, step: int):
 def run(start: Path, folder: Path, moment, adapter: bool, settings: dict, environment: dict | None = None):
     """A run as a user starts it again and again: it goes on from what is there."""
     torch.set_num_threads(1)
+    gc.freeze()  # as for the tests of this process
     os.environ.update(environment or {})
     if isinstance(moment, tuple):
         die_while_writing(*moment)
