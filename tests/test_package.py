@@ -79,11 +79,9 @@ def test_the_wheel_trains_by_the_name_of_a_recipe(installed, tmp_path):
 import sys, ilvr, ilvr_commands
 from ilvr_commands.main import main
 print(ilvr.__file__, ilvr_commands.__file__)
-sys.exit(main(["train", "shift_small"]))
+print("a name that is none:", main(["train", "shift_small"]))
+sys.exit(main(["train", "shifts_small", *sys.argv[1:]]))
 """
-    done = run(installed, "-c", code)
-    assert done.stdout.count(str(installed)) == 2
-    assert done.returncode == 2 and "none of frozen_lake_sizes, frozen_lake_small" in done.stderr
     few = {"boards": 4, "base_boards": 4, "test_boards": 2}
     settings = [f"task_settings.{name}={value}" for name, value in few.items()]
     settings += [f"{phase}.max_steps=1" for phase in ("base", "answer_only", "text", "stage1", "stage2")]
@@ -91,8 +89,10 @@ sys.exit(main(["train", "shift_small"]))
     settings += ["training.per_device_train_batch_size=2", "base.per_device_train_batch_size=2"]
     settings += ["stage2.per_device_train_batch_size=2", "evaluation.controls=0", "evaluation.max_new_tokens=4"]
     chosen = [part for setting in settings for part in ("--set", setting)]
-    done = run(installed, "-m", "ilvr_commands", "train", "shifts_small", "--output_dir", str(tmp_path), *chosen)
+    done = run(installed, "-c", code, "--output_dir", str(tmp_path), *chosen)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[0].count(str(installed)) == 2
+    assert "a name that is none: 2" in done.stdout and "none of frozen_lake_sizes, frozen_lake_small" in done.stderr
     assert "the same" in done.stdout and (tmp_path / "stage2" / "model.safetensors").exists()
 
 
