@@ -4,7 +4,6 @@ import gc
 import os
 
 
-gc.disable()  # until all is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -29,7 +28,6 @@ torch.set_num_threads(1)  # for tiny models a second thread only waits
 def pytest_collection_finish(session):
     """What was imported stays: a training collects garbage several times, and would walk all of torch each time."""
     gc.freeze()
-    gc.enable()
 
 
 def pytest_generate_tests(metafunc):
