@@ -75,6 +75,18 @@ def encode(processor, samples: list[dict], padding_side: str = "right", prompt_o
     )
 
 
+def ask_about(processor, image, question):
+    """Inputs for a question about a picture, made by the processor: (1, T)."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 WORDS = ["Right", "Down", "Up Left", "Left Left Up"]

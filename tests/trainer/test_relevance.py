@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import make_dataset, make_image, make_sample, make_trainer
+from helpers import ask_about, make_dataset, make_sample, make_trainer
 
 from ilvr.trainer.inputs.columns import HELPER_ANSWERS, HELPER_PROMPTS
 from ilvr.trainer.inputs.data_preparation import prepare_dataset
@@ -38,18 +38,6 @@ def eagerly(model, inputs):
     """In single precision: eager attention masks padding by the least number, which is none in another precision."""
     model.float().set_attn_implementation("eager")
     return model, {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def ask_about(model, processor, image, question):
-    """Inputs for a question about a picture, made by the processor: (1, T)."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 def gradient_norms(model, inputs, max_new_tokens=0, answer=None):
@@ -88,7 +76,7 @@ def test_relevance_is_the_norm_of_the_answers_gradient(asked, processor):
     assert (inputs["prompt_mask"] == 0).any() and len(inputs["prompt_ids"]) == 2
     relevances = AnswerGradient(model, 3)(inputs, image_outputs(inputs, model.model.core))
     for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances):
-        expected = gradient_norms(model, ask_about(model, processor, image, question), 3).float()
+        expected = gradient_norms(model, ask_about(processor, image, question), 3).float()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         assert expected.max() > 1.05 * expected.min() > 0
 
@@ -102,7 +90,7 @@ def test_relevance_is_the_attention_of_the_answer(asked, processor):
     model, inputs = eagerly(model, inputs)
     relevances = AnswerAttention(model, 3)(inputs, image_outputs(inputs, model.model.core))
     for image, question, found in zip(SAMPLE["images"][1:], QUESTIONS, relevances, strict=True):
-        alone = ask_about(model, processor, image, question)
+        alone = ask_about(processor, image, question)
         expected, prompt = 0, alone["input_ids"].shape[1]
         for words in range(3):
             options = {"max_new_tokens": words + 1, "suppress_tokens": [model.config.latent_start_token_id]}
@@ -149,7 +137,7 @@ def test_relevance_is_what_the_answer_loses_when_a_patch_is_hidden(asked, proces
     gradients = AnswerGradient(model, 3)(inputs, outputs)
     relevances = AnswerOcclusion(model, 3)(inputs, outputs)
     for image, question, own, found in zip(SAMPLE["images"][1:], QUESTIONS, gradients, relevances):
-        alone = ask_about(model, processor, image, question)
+        alone = ask_about(processor, image, question)
         alone = {k: v.double() if v.is_floating_point() else v for k, v in alone.items()}
         encoded = image_outputs({k: v for k, v in alone.items() if k.startswith(("pixel", "image"))}, core)
         features = encoded.pooler_output
@@ -233,51 +221,6 @@ def test_the_teacher_is_asked_and_not_the_student(model, processor, tmp_path):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_each_helper_image_needs_a_question_or_words_behind_it(processor):
-    rows = prepare_dataset(make_dataset([SAMPLE, make_sample(["Up"])]), processor, stage=1)
-    asked = add_helper_prompts(rows, processor, question="Where?")
-    assert [len(row) for row in asked[HELPER_PROMPTS]] == [2, 0] and asked[HELPER_ANSWERS][:] == [[[], []], []]
-    few = rows.add_column("metadata", ['{"helper_questions": ["Where?"]}', "{}"])
-    with pytest.raises(ValueError, match=r"Sample 0 .* 2 helper images and the questions \['Where\?'\]"):
-        add_helper_prompts(few, processor, question="Where?")
-    silent = make_dataset([make_sample(["Up"]), make_sample(["Right", "Down", ""])])
-    with pytest.raises(ValueError, match="Sample 1 .*: nothing is said after helper image 1.* Set helper_question"):
-        add_helper_prompts(prepare_dataset(silent, processor, stage=1), processor, question=None)
-
-
-def turn(role, *parts):
-    return {"role": role, "content": [{"type": "text", "text": p} if p else {"type": "image"} for p in parts]}
-
-
-def test_the_trace_asks_where_nobody_names_a_question(model, processor):
-    """The picture opens the user's turn, alone; words of the turn before it belong to the question, those behind it
-    are the answer. The last helper image is asked about in the second turn; a turn behind its answer says nothing."""
-    turns = [turn("user", "Plan", None), turn("assistant", "Right", None, "Down", None, "Up")]
-    turns += [turn("user", "Left", None), turn("assistant", "Up", None, "Down"), turn("user", "Up")]
-    sizes = [32, 64, 32, 32, 64]
-    rows = make_dataset([{"messages": turns, "images": [make_image("red", size) for size in sizes]}])
-    (row,) = add_helper_prompts(prepare_dataset(rows, processor, stage=1), processor, question=None)
-    prompts, tokenizer = row[HELPER_PROMPTS], processor.tokenizer
-    said = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row[HELPER_ANSWERS]]
-    assert said == ["DownUp", "Up", "Down"]
-    plan = [ask_about(model, processor, make_image("red", size), "Plan")["input_ids"][0].tolist() for size in (64, 32)]
-    for ids, asked, words in zip(prompts, plan, ("Right", "RightDown")):
-        assert ids[: len(asked)] == asked and tokenizer.decode(ids[len(asked) :]).strip() == words
-    last = tokenizer.decode(prompts[2], skip_special_tokens=True)
-    assert last.index("Plan") < last.index("RightDownUp") < last.index("Left") < last.rindex("Up")
-    pictures = [ids.count(model.config.image_token_id) for ids in (*prompts, *plan)]
-    assert pictures[0] == pictures[2] == pictures[3] and pictures[1] == pictures[4] > 0
-    assert not set(processor.latent_token_ids) & {token for ids in prompts for token in ids}
-
-
-def test_an_answer_ends_with_the_assistants_own_tokens(processor):
-    """Not with what a chat template writes behind a turn, which nothing trains the model to say."""
-    rows = prepare_dataset(make_dataset([SAMPLE]), processor, stage=1)
-    (row,) = add_helper_prompts(rows, processor, question=None)
-    own = [token for token, said in zip(row["input_ids"], row["assistant_mask"]) if said]
-    assert all(answer[-2:] == own[-2:] for answer in row[HELPER_ANSWERS])
-
-
 def test_relevance_to_the_rest_of_the_trace(model, processor):
     """Answers of different lengths, beside a row with questions, which the model answers itself; each as alone."""
     model = model.double().eval()
@@ -289,7 +232,7 @@ def test_relevance_to_the_rest_of_the_trace(model, processor):
     assert first > second > 0 and others == [0, 0]
     found = AnswerGradient(model, 2)(inputs, image_outputs(inputs, model.model.core))
     for i, image in enumerate(SAMPLE["images"][1:]):
-        alone, answer = ask_about(model, processor, image, "Plan"), torch.tensor([rows[0][HELPER_ANSWERS][i]])
+        alone, answer = ask_about(processor, image, "Plan"), torch.tensor([rows[0][HELPER_ANSWERS][i]])
         more = len(rows[0][HELPER_PROMPTS][i]) - alone["input_ids"].shape[1]  # words before the picture
         alone["input_ids"] = torch.tensor([rows[0][HELPER_PROMPTS][i]])
         for name in {"attention_mask", "mm_token_type_ids"} & set(alone):
@@ -297,7 +240,7 @@ def test_relevance_to_the_rest_of_the_trace(model, processor):
             alone[name] = torch.cat([alone[name], added], dim=1)
         expected = gradient_norms(model, alone, answer=answer).float()
         torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-6)
-        expected = gradient_norms(model, ask_about(model, processor, image, QUESTIONS[i]), 2).float()
+        expected = gradient_norms(model, ask_about(processor, image, QUESTIONS[i]), 2).float()
         torch.testing.assert_close(found[2 + i], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -314,22 +257,3 @@ def test_training_without_a_question(model, processor, tmp_path, monkeypatch):
     assert found[0].equal(found[1]) and found[0].equal(found[2])
     with pytest.raises(ValueError, match="questions .*None.*'answer_gradient' and 'attention' read the trace"):
         make_trainer(model, processor, tmp_path, selection_method="answer_occlusion")
-
-
-def test_what_the_trace_cannot_ask(processor):
-    words = {"prompt": [turn("user", "Plan")], "completion": [turn("assistant", None, "Up")]}
-    rows = prepare_dataset(make_dataset([{**words, "images": [make_image("red")]}]), processor, stage=1)
-    asked = add_helper_prompts(rows, processor, question=None)[0]
-    assert processor.tokenizer.decode(asked[HELPER_ANSWERS][0], skip_special_tokens=True).strip() == "Up"
-    with pytest.raises(ValueError, match="Sample 0 .* no messages left that could ask. Set helper_question, or keep"):
-        add_helper_prompts(rows.remove_columns(["prompt", "completion"]), processor, question=None)
-    alone = make_dataset([{"messages": [turn("assistant", None, "Up")], "images": [make_image("red")]}])
-    with pytest.raises(ValueError, match="Sample 0 .*: messages: no user's turn comes before a helper image"):
-        add_helper_prompts(prepare_dataset(alone, processor, stage=1), processor, question=None)
-
-
-def test_prompts_of_helper_images_are_those_of_the_processor(model, processor):
-    rows = prepare_dataset(make_dataset([SAMPLE]), processor, stage=1)
-    asked = add_helper_prompts(rows, processor, question="Where is the goal?")
-    expected = ask_about(model, processor, SAMPLE["images"][1], "Where is the goal?")["input_ids"][0].tolist()
-    assert asked[HELPER_PROMPTS][0] == [expected, expected]
