@@ -6,7 +6,7 @@ python -m studies.page studies/shifts.yaml
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -85,6 +85,8 @@ def report(study: Study, found: Found) -> str:
     commits = ", ".join(sorted({result["commit"] for result in every}))
     devices = ", ".join(sorted({result["device"] for result in every}))
     parts = [f"Commits {commits}, on {devices}.", "### Accuracy", accuracy_table(study, found)]
+    if missing := [name for name in study.arms if name not in found]:
+        parts.append(f"Defined and not run: {', '.join(missing)}.")
     parts += ["### With other latents", controls_table(study, found)]
     parts += ["### By difficulty", groups_table(found)]
     if any(aligns(result) for result in every):
@@ -191,9 +193,9 @@ def ingredients_table(ingredients: list[tuple[str, str, str]], found: Found) -> 
     for less, (what, whole) in known.items():
         gap = paired_difference(*answers[less])
         needed = "yes" if 100 * gap.low >= NEEDED else "no" if 100 * gap.high < NEEDED else "open"
-        seeds = ", ".join(str(seed) for seed in sorted(set(found[less]) & set(found[whole])))
+        seeds = sorted(set(found[less]) & set(found[whole]))
         p_value = f"{p_values[less]:.1g}" if p_values[less] else "< 1e-300"
-        rows.append([what, less, seeds, whole, points(gap), p_value, needed])
+        rows.append([what, less, ", ".join(map(str, seeds)), whole, points(gap), p_value, needed + so_far(seeds)])
     return table(rows)
 
 
@@ -235,7 +237,7 @@ def rules_of_shifts(found: Found) -> list[Rule]:
 
     def oracle() -> tuple[str, bool]:
         gap = gap_between(found, "oracle2", "stage2")
-        return points(gap), 100 * gap.value <= 1
+        return points(gap), 100 * gap.high <= 1
 
     def keeps() -> tuple[str, bool]:
         gap = gap_between(found, "stage2", "stage1")
@@ -334,9 +336,14 @@ def rules_table(rules: list[Rule], found: Found) -> str:
             rows.append([rule, "not run", "0", ""])
             continue
         value, holds = measure()
-        seeds = len(set.intersection(*(set(found[arm]) for arm in arms)))
-        rows.append([rule, value, str(seeds), ("yes" if holds else "**no**") + ("" if seeds >= 3 else ", so far")])
+        seeds = set.intersection(*(set(found[arm]) for arm in arms))
+        rows.append([rule, value, str(len(seeds)), ("yes" if holds else "**no**") + so_far(seeds)])
     return table(rows)
+
+
+def so_far(seeds: Collection[int]) -> str:
+    """What is added to a verdict: all are of three seeds."""
+    return "" if len(seeds) >= 3 else ", so far"
 
 
 def difference(first: str, second: str) -> str:

@@ -120,6 +120,8 @@ def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypat
         run.run(study, "stage2", 1)
     report = page.report(study, found)
     assert f"| stage2 | {study.arms['stage2'].note} |" in report and "| 98 %" not in report
+    assert "Defined and not run" not in report
+    assert "Defined and not run: stage2.\n" in page.report(study, {"base": found["base"], "stage1": found["stage1"]})
 
 
 def test_an_arm_is_trained_again_until_its_loss_is_low_enough(study, monkeypatch):
@@ -217,16 +219,16 @@ def test_whether_latents_are_used():
 def test_what_an_arm_loses_without_an_ingredient():
     """Over the boards of the seeds that both arms have; ten points are what the interval has to clear."""
     found = {
-        "stage1": {0: results("stage1", 0, "1" * 1000), 1: results("stage1", 1, "1" * 1000)},
+        "stage1": {seed: results("stage1", seed, "1" * 1000) for seed in (0, 1, 3, 4)},
         "query": {0: results("query", 0, "1" * 200 + "0" * 800), 2: results("query", 2, "1" * 1000)},
-        "identity": {0: results("identity", 0, "1" * 900 + "0" * 100)},
+        "identity": {seed: results("identity", seed, "1" * 900 + "0" * 100) for seed in (0, 3, 4)},
         "given_latents": {1: results("given_latents", 1, "1" * 999 + "0")},
     }
     lines = page.ingredients_table(page.INGREDIENTS["shifts"], found).splitlines()[2:]
     cells = {line.split(" | ")[1]: line.strip("| ").split(" | ") for line in lines}
     assert list(cells) == ["query", "given_latents", "identity"]
     assert cells["query"][2:4] == ["0", "stage1"] and cells["query"][4].startswith("+80.0 (+77")
-    assert [cells[arm][-1] for arm in cells] == ["yes", "no", "open"]
+    assert [cells[arm][-1] for arm in cells] == ["yes, so far", "no, so far", "open"]
     assert cells["given_latents"][4].startswith("+0.1") and cells["given_latents"][5] == "1"
     assert float(cells["identity"][5]) < 1e-20  # two times 2 ** -99 or less
 
