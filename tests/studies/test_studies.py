@@ -174,6 +174,7 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
         "stage1": {0: results("stage1", 0, "1" * 98 + "00")},
         "stage2": {0: results("stage2", 0, "1" * 99 + "0", controls)},
     }
+    found["oracle2"] = {0: results("oracle2", 0, "1" * 100)}
     rules = page.rules_table(page.rules_of_shifts(found), found)
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in rules.splitlines()}
     assert (
@@ -181,6 +182,8 @@ def test_rules_are_judged_by_the_seeds_that_both_arms_have(study):
     )
     assert lines["50 points above answer-only"][0].startswith("+79.0 (")
     assert "**no**" in lines["the donor of the last span is followed in 90 %"][2]
+    oracle = lines["at most 1 point below the oracle"]
+    assert oracle[0].startswith("+1.0 (") and "**no**" in oracle[2]  # the upper end counts
     assert lines["stage 2 at least as good as stage 1"][0].startswith("+1.0")
     assert lines["50 points above the deeper answer-only"][0] == "not run"
     assert lines["another sample's latents cost 60 points"][0] == "+100.0 (+100.0 – +100.0)"
