@@ -12,7 +12,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ilvr.evaluation.controls import LABELS
 from ilvr.evaluation.intervals import wilson_interval
+from ilvr.evaluation.probes import Rate
+from ilvr.evaluation.records import OWN
 from ilvr.evaluation.statistics import Difference, holm, mcnemar, paired_difference
 from ilvr.trainer.selection import SELECTORS
 
@@ -97,6 +100,9 @@ def report(study: Study, found: Found) -> str:
         parts += ["### While they were trained", curves_table(found)]
     if study.name in RULES:
         parts += ["### The rules", rules_table(RULES[study.name](found), found)]
+    for file in sorted((study.results / study.name).glob("audit-*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        parts += [f"### A full audit: {facts['arm']}, seed {facts['seed']}", audit_table(facts), audit_reasons(facts)]
     return "\n\n".join(parts)
 
 
@@ -302,6 +308,40 @@ def rules_of_frozen_lake(found: Found) -> list[Rule]:
         return f"{share:.1f} %", share >= 90
 
     return [("plans of stage 2 end on the goal in 90 %", ["stage2"], plans)]
+
+
+def audit_table(facts: dict[str, Any]) -> str:
+    """What `studies.audit` found under each control."""
+    (model,) = facts["models"]
+    rows = [["in the place of the latents", "right, %", "costs, points", "McNemar p, Holm", "other answers, %"]]
+    rows.append([LABELS[OWN], percent(model["accuracy"]), "", "", ""])
+    for name, own in model["controls"].items():
+        gap = Difference(**own["difference"])
+        changed = f"{100 * own['answers_changed']:.1f}"
+        rows.append([LABELS[name], percent(own["accuracy"]), points(gap), f"{own['p_adjusted']:.1g}", changed])
+    return table(rows)
+
+
+def audit_reasons(facts: dict[str, Any]) -> str:
+    """Its verdict, what the latents hold, and where this comes from."""
+    (model,) = facts["models"]
+    content = model["content"]
+    held = []
+    if content["norm"] and content["feature_norm"]:
+        held.append(f"norms {content['norm']:.1f}, of what they should hold {content['feature_norm']:.1f}")
+    if content["retrieval_at_1"]:
+        held.append(f"nearest to the patch that they should hold in {Rate(**content['retrieval_at_1'])}")
+    if content["probe"] and content["ceiling"]:
+        probe, ceiling = (Rate(**content[name]["accuracy"]) for name in ("probe", "ceiling"))
+        held.append(f"a linear probe reads this patch off them in {probe}, off the features in {ceiling}")
+    lines = [f"Verdict: **{model['verdict']['word']}** ({facts['samples']} questions, {facts['commit']})."]
+    lines += [" ".join(model["verdict"]["reasons"])]
+    lines += [f"Latents: {'; '.join(held)}."] if held else []
+    return "\n".join(lines)
+
+
+def percent(rate: dict[str, Any]) -> str:
+    return str(Rate(**rate)).replace(" %", "")
 
 
 RULES = {"shifts": rules_of_shifts, "glyphs": rules_of_glyphs, "frozen_lake": rules_of_frozen_lake}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from studies import page, run
+from studies import audit, page, run
 from studies.study import Study
 
 
@@ -122,6 +122,52 @@ def test_arms_are_trained_tested_and_left_as_they_are(study, tmp_path, monkeypat
     assert f"| stage2 | {study.arms['stage2'].note} |" in report and "| 98 %" not in report
     assert "Defined and not run: answer_only.\n" in report
     assert "Defined and not run" not in page.report(study, {**found, "answer_only": found["base"]})
+
+
+def test_an_arm_is_audited_on_the_questions_of_its_controls(study, monkeypatch, tmp_path):
+    """The numbers are kept beside the results, for the page; the page with pictures beside the checkpoint."""
+    with pytest.raises(ValueError, match="stage1 holds no trained arm"):
+        audit.audit_arm(study, "stage1", 1)
+    run.run(study, "stage1", 1)
+    before = page.report(study, page.load(study))
+    audit.audit_arm(study, "stage1", 1)
+    facts = json.loads((tmp_path / "results" / "tiny" / "audit-stage1-1.json").read_text())
+    (model,) = facts["models"]
+    own = page.load(study)["stage1"][1]["tests"]["trained"]["controls"]
+    assert facts["samples"] == len(own["own"]) == 3
+    found = {"own": model["accuracy"], **{name: control["accuracy"] for name, control in model["controls"].items()}}
+    for control in ("own", "another_sample", "zeros"):
+        assert found[control]["value"] == own[control].count("1") / 3, control
+    assert "oracle" in found
+    assert (tmp_path / "runs" / "tiny" / "1" / "stage1" / "audit" / "audit.html").exists()
+    after = page.report(study, page.load(study))
+    assert after.startswith(f"{before}\n\n### A full audit: stage1, seed 1\n\n| in the place of the latents |")
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr("sys.argv", ["audit", str(tmp_path / "study.yaml"), "stage9"])
+        audit.main()
+
+
+def test_the_table_of_an_audit():
+    rate = {"value": 0.5, "low": 0.25, "high": 0.75, "count": 8}
+    control = {"accuracy": rate, "answers_changed": 0.375, "p_adjusted": 0.0123}
+    control["difference"] = {"value": 0.25, "low": 0.125, "high": 0.5}
+    probe = {"accuracy": {**rate, "value": 0.625}}
+    content = {"norm": 10.04, "feature_norm": 9.96, "retrieval_at_1": None, "probe": probe, "ceiling": probe}
+    model = {"accuracy": rate, "controls": {"zeros": control}, "content": content}
+    model["verdict"] = {"word": "used", "reasons": ["It is right.", "Zeros cost."]}
+    facts = {"models": [model], "samples": 8, "commit": "abc"}
+    assert page.audit_table(facts).splitlines()[2:] == [
+        "| own latents | 50.0 (25.0 – 75.0) |  |  |  |",
+        "| zeros | 50.0 (25.0 – 75.0) | +25.0 (+12.5 – +50.0) | 0.01 | 37.5 |",
+    ]
+    assert page.audit_reasons(facts).splitlines() == [
+        "Verdict: **used** (8 questions, abc).",
+        "It is right. Zeros cost.",
+        "Latents: norms 10.0, of what they should hold 10.0; a linear probe reads this patch off them in 62.5 % "
+        "(25.0 – 75.0), off the features in 62.5 % (25.0 – 75.0).",
+    ]
+    content |= {"norm": None, "probe": None}
+    assert len(page.audit_reasons(facts).splitlines()) == 2
 
 
 def test_an_arm_is_trained_again_until_its_loss_is_low_enough(study, monkeypatch):
