@@ -1,4 +1,4 @@
-"""Audits the checkpoint of an arm on the questions that its controls are run on.
+"""Audits the checkpoint of an arm on held-out questions of the task that it trains on, as many as its controls have.
 
     python -m studies.audit studies/shifts.yaml stage2 --seed 2
 
@@ -37,7 +37,8 @@ def audit_arm(study: Study, name: str, seed: int) -> None:
     folder = study.runs / study.name / str(seed) / name
     if not (folder / "trainer_state.json").exists():  # saved last
         raise ValueError(f"{folder} holds no trained arm. Run `python -m studies.run` with it first.")
-    questions = Questions.of_task(study.task_of(seed, "trained"), form=study.arms[name].form, samples=study.controlled)
+    task = study.task_of(seed, arm=name)  # its own: it says what the arm's spans should hold
+    questions = Questions.of_task(task, form=study.arms[name].form, samples=study.controlled)
     found = audit(
         [folder],
         questions,
