@@ -328,7 +328,7 @@ def audit_reasons(facts: dict[str, Any]) -> str:
     content = model["content"]
     held = []
     if content["norm"] and content["feature_norm"]:
-        held.append(f"norms {content['norm']:.1f}, of what they should hold {content['feature_norm']:.1f}")
+        held.append(f"norms {content['norm']:.3g}, of what they should hold {content['feature_norm']:.3g}")
     if content["retrieval_at_1"]:
         held.append(f"nearest to the patch that they should hold in {Rate(**content['retrieval_at_1'])}")
     if content["probe"] and content["ceiling"]:

@@ -163,7 +163,7 @@ def test_the_table_of_an_audit():
     assert page.audit_reasons(facts).splitlines() == [
         "Verdict: **used** (8 questions, abc).",
         "It is right. Zeros cost.",
-        "Latents: norms 10.0, of what they should hold 10.0; a linear probe reads this patch off them in 62.5 % "
+        "Latents: norms 10, of what they should hold 9.96; a linear probe reads this patch off them in 62.5 % "
         "(25.0 – 75.0), off the features in 62.5 % (25.0 – 75.0).",
     ]
     content |= {"norm": None, "probe": None}
