@@ -11,8 +11,8 @@ help:  ## What there is to make
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 # Strict: a tree of links that editors and type checkers follow from `ilvr.trainer` to `trainer/`. A file that is added
-# or removed changes its folder, and the tree is made again. Pip is upgraded: that of Python 3.11 takes a minute longer to choose
-# versions.
+# or removed changes its folder, and the tree is made again. Pip is upgraded: that of Python 3.11 takes a minute longer to
+# choose versions.
 $(BIN)/.installed: setup.py pyproject.toml constraints.txt $(ROOMS)
 	test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
