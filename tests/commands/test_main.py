@@ -86,7 +86,8 @@ def test_errors_are_one_line_unless_the_traceback_is_asked_for(monkeypatch, caps
 
 
 PAGES = Path(__file__).parents[2]
-WITH_COMMANDS = ["README.md", *(f"docs/{name}.md" for name in ("audit", "data", "demo", "evidence", "serving"))]
+NAMES = ("audit", "data", "demo", "from_reference_code", "hub", "serving", "start")
+WITH_COMMANDS = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
